@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lutserve import methods, recipe
+from lutserve.errors import UserError
+from lutserve.recipe import SITES, Recipe, from_flags, parse
+
+QKV = "model.layers.0.self_attn.qkv_proj"
+SHARDS = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+
+
+def test_flags_make_a_recipe_for_every_linear_but_the_head() -> None:
+    made = from_flags(method="mix8", lut="nli-4")
+    assert made.method_for(QKV, SHARDS).name == "mix8"
+    assert made.method_for("lm_head").name == "none"
+    assert {site: made.lut_for(site) for site in SITES} == {"silu": "nli-4", "gelu": "nli-4"}  # type: ignore[arg-type]
+    assert made.quantizes
+    assert not from_flags(method="none").quantizes
+    assert not from_flags(lut="nli-2").quantizes
+
+
+def test_lut_sites_limit_the_table() -> None:
+    made = from_flags(lut="nli-2", lut_sites="gelu")
+    assert (made.lut_for("silu"), made.lut_for("gelu")) == ("exact", "nli-2")
+
+
+def test_flags_override_what_a_folder_carries() -> None:
+    base = from_flags(method="int8", lut="nli-4")
+    over = from_flags(base, lut="exact", lut_sites="silu")
+    assert over.method_for(QKV, SHARDS).name == "int8"
+    assert (over.lut_for("silu"), over.lut_for("gelu")) == ("exact", "nli-4")
+    assert not from_flags(base, method="none").quantizes
+
+
+@given(
+    st.sampled_from(sorted(methods.METHODS)),
+    st.sampled_from(["exact", "nli-2", "nli-4", "nli-16", "nli-32"]),
+    st.sets(st.sampled_from(SITES), min_size=1),
+)
+def test_a_recipe_survives_config_json(method: str, lut: str, sites: set[str]) -> None:
+    made = from_flags(method=method, lut=lut, lut_sites=",".join(sites))
+    assert parse(json.loads(json.dumps(made.to_config()))) == made
+
+
+def test_first_matching_group_wins_and_fused_parts_must_agree() -> None:
+    groups = {
+        "down": {"targets": ["re:.*layers\\.[01]\\..*down_proj"], "method": "none"},
+        "rest": {"targets": ["Linear"], "method": "mix8"},
+    }
+    made = parse({"config_groups": groups})
+    assert made.method_for("model.layers.1.mlp.down_proj").name == "none"
+    assert made.method_for("model.layers.2.mlp.down_proj").name == "mix8"
+    split = parse({"config_groups": {"q": {"targets": ["q_proj"], "method": "mix8"}}})
+    with pytest.raises(UserError, match=r"qkv_proj is one fused layer.*target qkv_proj"):
+        split.method_for(QKV, SHARDS)
+    assert parse({"ignore": ["v_proj"], "config_groups": groups}).method_for(QKV, SHARDS).name == "none"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lut": {}}, r"unknown key 'lut'; allowed: .*luts"),
+        ({"config_groups": {"a": {"method": "mix8", "bits": 4}}}, r"config_groups.a.bits.*targets, method"),
+        ({"config_groups": {"a": {"method": "mix9"}}}, r"unknown method 'mix9'; did you mean 'mix8'"),
+        ({"config_groups": {"a": {"method": "mix8", "targets": ["re:("]}}}, r"no regular expression"),
+        ({"luts": {"softmin": "nli-4"}}, r"luts\.softmin"),
+        ({"luts": {"silu": "nli-5"}}, r"nli-5.*nli-4"),
+        ({"kv_cache_scheme": "int1"}, r"kv_cache_scheme='int1'.*exact"),
+        ({"version": 2}, r"version=2"),
+        ({"quant_method": "awq"}, r"quant_method='awq'"),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_line(config: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"method": "mix"}, "unknown method 'mix'"),
+        ({"lut": "nli4"}, "nli4"),
+        ({"lut": "nli-4", "lut_sites": "silu,exp"}, "unknown site 'exp' in --lut-sites; allowed: silu, gelu"),
+        ({"lut_sites": "silu"}, "needs --lut"),
+        ({"kv": "fp2"}, "kv_cache_scheme='fp2'"),
+    ],
+)
+def test_bad_flags_are_refused(flags: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_flags(**flags)  # type: ignore[arg-type]
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().version = 1  # type: ignore[misc]
+
+
+def test_files(tmp_path: Path) -> None:
+    made = from_flags(method="mix8")
+    alone = tmp_path / "recipe.json"
+    alone.write_text(json.dumps(made.to_config()))
+    assert recipe.load(alone) == made
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "llama", "quantization_config": made.to_config()}))
+    assert recipe.load(config) == made
+    assert recipe.from_model(tmp_path) == made
+    config.write_text(json.dumps({"quantization_config": {"quant_method": "awq", "bits": 4}}))
+    assert recipe.from_model(tmp_path) is None
+    with pytest.raises(UserError, match="cannot read"):
+        recipe.load(tmp_path / "absent.json")
+    alone.write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        recipe.load(alone)
+    alone.write_text("[]")
+    with pytest.raises(UserError, match="must be a JSON object"):
+        recipe.load(alone)
