@@ -1,0 +1,64 @@
+"""`lutserve::mixq_prepare`: what mix8 does to its activations before the two GEMMs."""
+
+from __future__ import annotations
+
+import torch
+
+from lutserve.kernels.ops import _define
+from lutserve.kernels.reference import TINY, quantize_rows
+
+Prepared = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _fake(x: torch.Tensor, index: torch.Tensor, keep: torch.Tensor) -> Prepared:
+    torch._check(
+        x.dtype in (torch.float16, torch.bfloat16),
+        lambda: f"mixq_prepare: x must be float16 or bfloat16, not {x.dtype}",
+    )
+    torch._check(
+        x.dim() == 2 and x.shape[1] > 0,
+        lambda: f"mixq_prepare: x must be [M, K] with K > 0, not {tuple(x.shape)}",
+    )
+    torch._check(
+        index.dtype == torch.int32 and index.dim() == 1 and index.is_contiguous(),
+        lambda: "mixq_prepare: index must be a contiguous int32 [S]",
+    )
+    torch._check(
+        keep.dtype == torch.int32 and keep.shape == (-(-x.shape[1] // 32),) and keep.is_contiguous(),
+        lambda: "mixq_prepare: keep must be a contiguous int32 [ceil(K / 32)]",
+    )
+    m = x.shape[0]
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty((m, 1), dtype=torch.float32),
+        x.new_empty((m, index.shape[0])),
+        x.new_empty((1,), dtype=torch.float32),
+    )
+
+
+def _reference(x: torch.Tensor, index: torch.Tensor, keep: torch.Tensor) -> Prepared:
+    _fake(x, index, keep)
+    bits = (keep.long()[:, None] >> torch.arange(32)) & 1
+    rest = torch.where(bits.flatten()[: x.shape[1]].bool(), x, 0).float()
+    codes, scales = quantize_rows(rest)
+    side = torch.where(index >= 0, x[:, index.clamp_min(0).long()], 0)
+    rms = rest.square().mean(1).sqrt()
+    ratio = torch.where(rms > TINY, rest.abs().amax(1) / rms, 0.0)
+    return codes, scales[:, None], side, ratio.amax(0, keepdim=True) if len(x) else ratio.new_zeros(1)
+
+
+prepare = _define(
+    "mixq_prepare(Tensor x, Tensor index, Tensor keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    _reference,
+    _fake,
+)
+"""Split the outlier columns off x and quantise the rest by rows.
+
+x: [M, K], float16 or bfloat16. index: int32 [S], the outlier columns, -1 for unused places.
+keep: int32 [ceil(K / 32)], bit k % 32 of word k // 32 is 1 where column k is quantised.
+
+Returns codes int8 [M, K] (0 in columns that are not kept), scales float32 [M, 1] (max|x| / 127; NaN or inf
+where the row has one), side [M, S] in x's dtype (columns of `index`, 0 for -1), and float32 [1]: the
+largest max|x| / rms(x) of any row over its kept columns, 0 for rows without a finite positive rms.
+RuntimeError if the arguments are not so.
+"""

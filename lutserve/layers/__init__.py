@@ -1,0 +1,1 @@
+"""Layers of vLLM with our arithmetic inside."""

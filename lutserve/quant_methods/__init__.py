@@ -1,0 +1,1 @@
+"""Linear methods for vLLM, one file a family; `lutserve.methods` is their registry."""

@@ -1,0 +1,194 @@
+"""MixQ for vLLM: int8 weights and activations, outlier columns of the input in 16 bit (`mix8`), or
+without them (`int8`).
+
+Source: "MixQ: Taming Dynamic Outliers in Mixed-Precision Quantization by Online Prediction" (SC'24),
+with three deliberate differences from the published code: scales are fp32 and codes are clamped, the
+activations are never modified, and a column is an outlier relative to its row instead of above 6.0
+(see `OutlierSlots`). The published rule to the bit is `lutserve.kernels.reference.MixqLinear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lutserve.compat import LinearMethodBase, ModelWeightParameter, in_dummy_run, vllm_ops
+from lutserve.kernels import mixq, ops
+from lutserve.kernels.reference import TINY, quantize_rows
+from lutserve.methods import Method
+from lutserve.quant_methods.config import REPORTS, LayerReport
+
+#: a column is an outlier where |x| is above this many times the root mean square of its row's other
+#: columns. Removing a smaller one shrinks the int8 step of the row too little to pay for its 16-bit GEMM.
+THRESHOLD = 16.0
+
+
+def capacity(k: int) -> int:
+    """Most outlier columns a layer of input width k may have: k / 16, at least 64, at most 128 (and k)."""
+    return min(k, max(64, min(128, k // 16)))
+
+
+class OutlierSlots:
+    """The outlier columns of one input, found while serving and kept ("locality", section 4 of the paper).
+
+    A column enters when some row has |x| > THRESHOLD * rms(rest of the row). With more candidates than
+    capacity those with the largest ratio stay: they are the ones whose removal shrinks a row's step most.
+
+    Attributes:
+        index: int32 [S], S a multiple of 16; unused places hold -1.
+        keep: int32 [ceil(K / 32)], bit k is 1 where column k stays in the int8 part.
+        weight: [S, N] in the model's dtype, the weight rows of the columns of `index`, 0 where -1.
+    """
+
+    def __init__(self, k: int, weight_rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Start empty; `weight_rows(columns)` must return the weight of columns [S] as [S, N]."""
+        self.score = torch.zeros(k)
+        self.capacity = capacity(k)
+        self.weight_rows = weight_rows
+        self.count = 0
+        self.misses = 0
+        self._publish(torch.empty(0, dtype=torch.int64))
+
+    def grow(self, x: torch.Tensor) -> bool:
+        """Learn from x [M, K], which has a row above the threshold; return whether the columns changed."""
+        self.misses += 1
+        taken = self.index[self.index >= 0].long()
+        rest = x.float()
+        rest[:, taken] = 0
+        rms = rest.square().mean(1, keepdim=True).sqrt().clamp_min(TINY)
+        ratio = (x.float().abs() / rms).amax(0)
+        ratio[ratio <= THRESHOLD] = 0
+        self.score = torch.maximum(self.score, ratio.nan_to_num(0, 0, 0))
+        best = self.score.topk(min(self.capacity, int((self.score > 0).sum()))).indices.sort().values
+        if torch.equal(best, taken):
+            return False
+        self._publish(best)
+        return True
+
+    def _publish(self, columns: torch.Tensor) -> None:
+        k = self.score.numel()
+        mask = torch.ones(-(-k // 32) * 32, dtype=torch.int64)
+        mask[columns] = 0
+        words = (mask.view(-1, 32) << torch.arange(32)).sum(1)
+        self.keep = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+        # Whole tiles of 16 columns keep the number of GEMM shapes small.
+        self.index = torch.full((-(-len(columns) // 16) * 16,), -1, dtype=torch.int32)
+        self.index[: len(columns)] = columns.to(torch.int32)
+        rows = self.weight_rows(columns)
+        self.weight = rows.new_zeros(len(self.index), rows.shape[1])
+        self.weight[: len(columns)] = rows
+        self.count = len(columns)
+
+
+class MixqKernel:
+    """One packed linear layer: int8 GEMM of vLLM's prepacked CPU op and a thin 16-bit GEMM beside it."""
+
+    def __init__(self, weight: torch.Tensor, outliers: bool) -> None:
+        """Quantise and pack `weight`, bf16 or fp16 [N, K], per output channel."""
+        self.n, self.k = weight.shape
+        self.dtype = weight.dtype
+        codes, scales = quantize_rows(weight)
+        # The packed handle keeps only a pointer to the scales: they must live as long as it does.
+        self.scales = scales[None].contiguous()
+        self.handle = vllm_ops.create_onednn_scaled_mm(codes.t(), self.scales, self.dtype, True, False, 32)
+        self.slots = OutlierSlots(self.k, self._weight_rows)
+        self.outliers = outliers
+
+    def _gemm(
+        self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        out = torch.empty((codes.shape[0], self.n), dtype=self.dtype)
+        vllm_ops.onednn_scaled_mm(self.handle, codes, out, scales, None, None, bias)
+        return out
+
+    def _weight_rows(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return W[:, columns] transposed, [S, N], from the packed weight: one-hot activations pick it out.
+
+        This is code * scale rounded once to the model's dtype, the published choice for columns found at
+        run time, and needs no second copy of the weight.
+        """
+        if not len(columns):
+            return torch.empty((0, self.n), dtype=self.dtype)
+        onehot = torch.zeros((len(columns), self.k), dtype=torch.int8)
+        onehot[torch.arange(len(columns)), columns] = 1
+        return self._gemm(onehot, torch.ones(len(columns), 1))
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x @ W^T + bias, [M, N], for x [M, K]; x is left unchanged."""
+        slots = self.slots
+        codes, scales, side, peak = mixq.prepare(x, slots.index, slots.keep)
+        # One scalar tells whether any row has an unknown outlier; there is no device to wait for.
+        if self.outliers and peak.item() > THRESHOLD and not in_dummy_run() and slots.grow(x):
+            codes, scales, side, _ = mixq.prepare(x, slots.index, slots.keep)
+        out = self._gemm(codes, scales, bias)
+        return out.addmm_(side, slots.weight) if slots.count else out
+
+
+#: kernels by layer name: torch.compile sees one opaque op with a string, never the state behind it
+KERNELS: dict[str, MixqKernel] = {}
+
+
+def _mixq_linear(x: torch.Tensor, bias: torch.Tensor | None, name: str, n: int) -> torch.Tensor:
+    return KERNELS[name](x, bias)
+
+
+def _mixq_linear_fake(x: torch.Tensor, bias: torch.Tensor | None, name: str, n: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+class MixqLinearMethod(LinearMethodBase):
+    """vLLM's side of a mix8 or int8 layer: loads a 16-bit weight and quantises it at load."""
+
+    def __init__(self, method: Method, report: LayerReport) -> None:
+        self.method = method
+        self.report = report
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Register the 16-bit weight [sum(out), in] that the checkpoint's (fused) shards load into."""
+        weight = torch.empty(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype)
+        layer.register_parameter(
+            "weight",
+            ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=extra["weight_loader"]),
+        )
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Quantise, pack, and let the 16-bit weight go."""
+        report = self.report
+        kernel = MixqKernel(layer.weight.data, outliers=self.method.name == "mix8")
+        KERNELS[report.prefix] = kernel
+        layer.weight = torch.nn.Parameter(torch.empty(0, dtype=kernel.dtype), requires_grad=False)
+        report.live = kernel.slots
+        report.weights = kernel.n * kernel.k
+        report.bits = 8 + 32 / kernel.k
+        report.kernel = f"onednn int8 + {ops.backend_for('mixq_prepare')}"
+        REPORTS.finish(report)
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return x @ W^T + bias, [..., N], for x [..., K]."""
+        flat = x.reshape(-1, x.shape[-1])
+        if torch.compiler.is_compiling():
+            out = torch.ops.lutserve.mixq_linear(flat, bias, self.report.prefix, KERNELS[self.report.prefix].n)
+        else:
+            out = KERNELS[self.report.prefix](flat, bias)
+        return out.view(*x.shape[:-1], -1)
+
+
+def linear_method(method: Method, report: LayerReport) -> MixqLinearMethod:
+    """Return the vLLM linear method of one layer (called through the registry in `lutserve.methods`)."""
+    return MixqLinearMethod(method, report)
+
+
+ops._define("mixq_linear(Tensor x, Tensor? bias, str name, int n) -> Tensor", _mixq_linear, _mixq_linear_fake)
