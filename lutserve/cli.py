@@ -1,0 +1,156 @@
+"""The `lutserve` command: a hall with doors. Every command's work is done in the module it imports.
+
+Imports of torch and vLLM happen behind the doors, so that `lutserve --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lutserve import __version__, env
+from lutserve.errors import UserError
+from lutserve.torchvision_guard import hide_broken_torchvision
+
+# At import, not in main(): the processes that vLLM spawns import this module again and nothing else of
+# ours before they import transformers, which trips over a torchvision that does not fit torch.
+hide_broken_torchvision()
+
+app = typer.Typer(
+    name="lutserve",
+    help="Serve LLMs with approximate arithmetic inside vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Alias (`lutserve models`), folder or hub id. Default: smollm2-135m.")
+]
+RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="Recipe file (JSON).")]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help="Arithmetic of the linear layers: none, int8, mix8.")
+]
+LutOption = Annotated[
+    str | None, typer.Option("--lut", help="Table of the nonlinear sites: exact, nli-2, nli-4, nli-16, nli-32.")
+]
+SitesOption = Annotated[
+    str | None, typer.Option("--lut-sites", help="Sites that use --lut, comma separated. Default: silu,gelu.")
+]
+KvOption = Annotated[str | None, typer.Option("--kv", help="KV cache: exact.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"lutserve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    env.check()
+
+
+@app.command(context_settings=PASS_THROUGH)
+def serve(
+    context: typer.Context,
+    model: ModelOption = None,
+    recipe: RecipeOption = None,
+    method: MethodOption = None,
+    lut: LutOption = None,
+    lut_sites: SitesOption = None,
+    kv: KvOption = None,
+) -> None:
+    """Start the OpenAI-compatible server. Every other flag goes to vLLM (`vllm serve --help`)."""
+    from lutserve import models
+    from lutserve.recipe import load
+    from lutserve.server.launch import serve as run
+
+    flags = list(context.args)
+    if flags and not flags[0].startswith("-"):
+        if model is not None:
+            raise UserError(f"two models: {flags[0]!r} and --model {model!r}; give one")
+        model = flags.pop(0)
+    chosen = load(recipe) if recipe else None
+    run(model or models.DEFAULT, flags, chosen, method=method, lut=lut, lut_sites=lut_sites, kv=kv)
+
+
+@app.command(name="models")
+def list_models() -> None:
+    """List the model aliases, their sizes and which are on this machine."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lutserve.models import rows
+
+    table = Table("alias", "hub id", "parameters", "16-bit size", "present", box=None, header_style="bold")
+    for row in rows():
+        table.add_row(row.alias, row.hub_id, row.parameters, row.size, row.present)
+    Console().print(table)
+
+
+@app.command()
+def doctor(
+    port: Annotated[int, typer.Option(help="Port to look at.")] = 8000,
+) -> None:
+    """Say whether lutserve can serve here and with which kernels; exit 1 with the reasons if not."""
+    from rich.console import Console
+
+    from lutserve.doctor import examine
+
+    console = Console(highlight=False, soft_wrap=True)
+    problems = 0
+    for finding in examine(port, progress=lambda text: console.print(f"  {text}", style="dim")):
+        problems += bool(finding.problem)
+        mark = "[red]✗[/]" if finding.problem else "[green]✓[/]"
+        console.print(f"{mark} [bold]{finding.subject}[/]: {finding.fact}")
+        if finding.problem:
+            console.print(f"    -> {finding.problem}", markup=False)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command(name="env")
+def show_env(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+) -> None:
+    """Print machine, versions and settings, for bug reports and run records."""
+    import json
+
+    from lutserve import machine
+
+    facts = machine.collect()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            print(f"{key}:")
+            for name, entry in value.items():
+                print(f"  {name}: {entry}")
+        else:
+            print(f"{key}: {value}")
+
+
+def main() -> int:
+    """Run the command line; a UserError is one line on stderr and status 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"lutserve: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Starting and guarding vLLM's OpenAI-compatible server."""

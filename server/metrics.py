@@ -1,0 +1,99 @@
+"""Our numbers on vLLM's /metrics: what is served, and what the online methods have learnt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import REGISTRY, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from lutserve import __version__
+from lutserve.compat import StatLoggerBase, recipe_of
+from lutserve.recipe import SITES, Recipe
+
+#: seconds a scrape may wait for a busy engine before it gets the numbers of the scrape before
+REFRESH_TIMEOUT = 2.0
+
+
+class LutserveCollector:
+    """A Prometheus collector over the newest snapshot from the worker.
+
+    A collector instead of gauge objects, because counters that live in another process are read, not
+    counted, here.
+    """
+
+    def __init__(self) -> None:
+        self.recipe: Recipe | None = None
+        self.layers: list[dict[str, Any]] = []
+        self.tables: dict[str, str] = {}
+
+    async def refresh(self, engine_client: Any) -> None:
+        """Take a new snapshot from the first worker; keep the old one if the engine is busy or gone."""
+        try:
+            both = [engine_client.collective_rpc(f"lutserve_{part}") for part in ("layers", "tables")]
+            layers, tables = await asyncio.wait_for(asyncio.gather(*both), REFRESH_TIMEOUT)
+        except TimeoutError:
+            return
+        self.layers, self.tables = layers[0], tables[0]
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the metric families; none where no recipe is served."""
+        if self.recipe is None:
+            return
+        build = GaugeMetricFamily("lutserve:build_info", "lutserve in this server", labels=["version"])
+        build.add_metric([__version__], 1)
+        yield build
+        info = GaugeMetricFamily(
+            "lutserve:recipe_info", "what a site of the model uses", labels=["site", "choice", "table"]
+        )
+        for name, group in self.recipe.config_groups.items():
+            info.add_metric([f"linear:{name}", group.method, ""], 1)
+        for site in SITES:
+            info.add_metric([site, self.recipe.luts.get(site, "exact"), self.tables.get(site, "")], 1)  # type: ignore[call-overload]
+        info.add_metric(["kv_cache", self.recipe.kv_cache_scheme, ""], 1)
+        yield info
+        if self.layers:
+            yield from self._layer_metrics()
+
+    def _layer_metrics(self) -> Iterable[Metric]:
+        weights = sum(layer["weights"] for layer in self.layers)
+        bits = sum(layer["bits"] * layer["weights"] for layer in self.layers) / max(weights, 1)
+        yield GaugeMetricFamily(
+            "lutserve:weight_bits_mean", "stored bits a weight of the linear layers, all included", value=bits
+        )
+        columns: dict[str, int] = defaultdict(int)
+        misses: dict[str, int] = defaultdict(int)
+        for layer in self.layers:
+            columns[layer["group"]] += layer["outlier_columns"]
+            misses[layer["group"]] += layer["outlier_misses"]
+        gauge = GaugeMetricFamily("lutserve:outlier_columns", "16-bit columns now", labels=["group"])
+        counter = CounterMetricFamily(
+            "lutserve:outlier_misses", "calls that met an outlier outside the known columns", labels=["group"]
+        )
+        for group in columns:
+            gauge.add_metric([group], columns[group])
+            counter.add_metric([group], misses[group])
+        yield gauge
+        yield counter
+
+
+#: the one collector of this process
+COLLECTOR = LutserveCollector()
+
+
+class LutserveStatLogger(StatLoggerBase):  # type: ignore[misc]
+    """Switches our metrics on for an engine that serves a recipe (`vllm.stat_logger_plugins`)."""
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        COLLECTOR.recipe = recipe_of(vllm_config)
+        if COLLECTOR not in REGISTRY._collector_to_names:
+            REGISTRY.register(COLLECTOR)
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do after an engine step: the worker keeps the numbers until a scrape asks."""
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say: the layers have reported themselves."""
