@@ -31,14 +31,16 @@ app = typer.Typer(
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Alias (`lutserve models`), folder or hub id. Default: smollm2-135m.")
+    str | None,
+    typer.Option("--model", help="Alias (`lutserve models`), folder or hub id. Default: smollm2-135m."),
 ]
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="Recipe file (JSON).")]
 MethodOption = Annotated[
     str | None, typer.Option("--method", help="Arithmetic of the linear layers: none, int8, mix8.")
 ]
 LutOption = Annotated[
-    str | None, typer.Option("--lut", help="Table of the nonlinear sites: exact, nli-2, nli-4, nli-16, nli-32.")
+    str | None,
+    typer.Option("--lut", help="Table of the nonlinear sites: exact, nli-2, nli-4, nli-16, nli-32."),
 ]
 SitesOption = Annotated[
     str | None, typer.Option("--lut-sites", help="Sites that use --lut, comma separated. Default: silu,gelu.")
@@ -93,10 +95,15 @@ def list_models() -> None:
 
     from lutserve.models import rows
 
-    table = Table("alias", "hub id", "parameters", "16-bit size", "present", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for heading in ("alias", "hub id", "parameters", "16-bit size", "present", "note"):
+        table.add_column(heading, no_wrap=heading != "note")
     for row in rows():
-        table.add_row(row.alias, row.hub_id, row.parameters, row.size, row.present)
-    Console().print(table)
+        size = f"{row.gigabytes:.1f} GB"
+        table.add_row(row.alias, row.hub_id, f"{row.parameters:g} B", size, row.present, row.note)
+    console = Console()
+    # Into a pipe every name stays whole; a terminal folds the notes to its width.
+    console.print(table, width=None if console.is_terminal else 200)
 
 
 @app.command()

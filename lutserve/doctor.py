@@ -50,12 +50,14 @@ def _software() -> Iterator[Finding]:
     if vision and torch and torch.endswith("+cpu") and not vision.endswith("+cpu"):
         yield Finding(
             "torchvision",
-            f"{vision}, which does not load with torch {torch}; `lutserve` hides it, plain `vllm serve` fails",
+            f"{vision}, which does not load with torch {torch}: `lutserve` hides it, `vllm serve` fails",
             "pip uninstall torchvision torchaudio torchcodec",
         )
     loaded = any(point.name == "lutserve" for point in entry_points(group="vllm.general_plugins"))
     yield Finding(
-        "plugin", "registered with vLLM" if loaded else "not registered", "" if loaded else "reinstall lutserve"
+        "plugin",
+        "registered with vLLM" if loaded else "not registered",
+        "" if loaded else "reinstall lutserve",
     )
     for name in ("lm-eval", "triton"):
         yield Finding(name, found.get(name, "absent (optional)"))
@@ -64,8 +66,12 @@ def _software() -> Iterator[Finding]:
 def _hardware() -> Iterator[Finding]:
     cpu = machine.cpu()
     yield Finding("cpu", f"{cpu['cpu']}, {cpu['cores']} usable cores, {cpu['memory_gib']} GiB")
-    yield Finding("cpu flags", " ".join(cpu["flags"]) or "none of AVX2, AVX-512, AMX: everything will be slow")
-    yield Finding("amx", "yes" if "amx_int8" in cpu["flags"] else "no: AVX-512 or older instructions are used")
+    yield Finding(
+        "cpu flags", " ".join(cpu["flags"]) or "none of AVX2, AVX-512, AMX: everything will be slow"
+    )
+    yield Finding(
+        "amx", "yes" if "amx_int8" in cpu["flags"] else "no: AVX-512 or older instructions are used"
+    )
     from lutserve.server.defaults import available_memory, kv_cache_bytes
 
     free = available_memory()
@@ -106,11 +112,11 @@ def _kernels() -> Iterator[Finding]:
         return
     compiler = machine.compiler()
     yield Finding("g++", compiler or "absent: plain torch kernels, several times slower")
-    from lutserve.kernels import mixq, ops
+    from lutserve.kernels import activation, library, mixq
 
-    for op in (ops.act_and_mul, mixq.prepare):
+    for op in (activation.act_and_mul, mixq.prepare, mixq.add_outliers):
         name = op.name()
         try:
-            yield Finding(f"op {name}", ops.backend_for(name.removeprefix("lutserve::")))
+            yield Finding(f"op {name}", library.backend_for(name.removeprefix("lutserve::")))
         except UserError as error:
             yield Finding(f"op {name}", "no kernel", str(error))

@@ -79,7 +79,9 @@ def versions() -> dict[str, str]:
 def compiler() -> str | None:
     """Return the first line of `g++ --version`, or None where there is no g++."""
     try:
-        return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
+        return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout.split(
+            "\n"
+        )[0]
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -89,7 +91,9 @@ def git_sha() -> str | None:
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
-    run = lambda *args: subprocess.run(  # noqa: E731
-        ["git", *args], cwd=root, capture_output=True, text=True
-    ).stdout.strip()
-    return run("rev-parse", "HEAD") + ("+dirty" if run("status", "--porcelain", "--untracked-files=no") else "")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return _git(root, "rev-parse", "HEAD") + ("+dirty" if changed else "")
+
+
+def _git(root: Path, *args: str) -> str:
+    return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True).stdout.strip()

@@ -80,6 +80,7 @@ class Recipe(BaseModel):
 
         Raises:
             UserError: the shards of one fused layer match different groups.
+
         """
         names = [prefix, *shards]
         if any(_matches(target, name) for target in self.ignore for name in names):
@@ -159,10 +160,12 @@ def from_flags(
     """Return `base` (default: everything exact) with the given flags applied.
 
     Args:
+        base: recipe to start from.
         method: name for all linear layers inside the decoder blocks.
         lut: table for the sites of `lut_sites`.
         lut_sites: comma-separated site names; default all of them.
         kv: KV cache scheme.
+
     """
     config = (base or Recipe()).to_config()
     if method is not None:

@@ -1,10 +1,10 @@
-"""`lutserve::mixq_prepare`: what mix8 does to its activations before the two GEMMs."""
+"""What mix8 does around its int8 GEMM: prepare the activations, add the product of the outlier columns."""
 
 from __future__ import annotations
 
 import torch
 
-from lutserve.kernels.ops import _define
+from lutserve.kernels.library import define
 from lutserve.kernels.reference import TINY, quantize_rows
 
 Prepared = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -47,7 +47,7 @@ def _reference(x: torch.Tensor, index: torch.Tensor, keep: torch.Tensor) -> Prep
     return codes, scales[:, None], side, ratio.amax(0, keepdim=True) if len(x) else ratio.new_zeros(1)
 
 
-prepare = _define(
+prepare = define(
     "mixq_prepare(Tensor x, Tensor index, Tensor keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _reference,
     _fake,
@@ -61,4 +61,29 @@ Returns codes int8 [M, K] (0 in columns that are not kept), scales float32 [M, 1
 where the row has one), side [M, S] in x's dtype (columns of `index`, 0 for -1), and float32 [1]: the
 largest max|x| / rms(x) of any row over its kept columns, 0 for rows without a finite positive rms.
 RuntimeError if the arguments are not so.
+"""
+
+
+def _add_fake(out: torch.Tensor, side: torch.Tensor, weight: torch.Tensor) -> None:
+    torch._check(
+        out.dtype in (torch.float16, torch.bfloat16) and side.dtype == weight.dtype == out.dtype,
+        lambda: "mixq_add_outliers: out, side and weight must be all float16 or all bfloat16",
+    )
+    torch._check(
+        side.shape[0] == out.shape[0] and weight.shape == (side.shape[1], out.shape[1]),
+        lambda: "mixq_add_outliers: out must be [M, N], side [M, S] and weight [S, N]",
+    )
+
+
+def _add_reference(out: torch.Tensor, side: torch.Tensor, weight: torch.Tensor) -> None:
+    _add_fake(out, side, weight)
+    out.copy_(out.float() + side.float() @ weight.float())
+
+
+add_outliers = define(
+    "mixq_add_outliers(Tensor(a!) out, Tensor side, Tensor weight) -> ()", _add_reference, _add_fake
+)
+"""out += side @ weight in place, summed in fp32 and rounded once; reads weight once per four rows.
+
+out: [M, N], side: [M, S], weight: [S, N], contiguous, all float16 or all bfloat16. RuntimeError if not so.
 """

@@ -22,6 +22,7 @@ def quantize_rows_fp16(x: torch.Tensor, levels: int) -> tuple[torch.Tensor, torc
 
     Returns:
         codes int8 [M, K] (the low byte: there is no clamp, so tiny rows wrap) and scales fp16 [M].
+
     """
     scale = (x.abs().amax(1).float() / levels).half()
     codes = (x.float() / scale.float()[:, None]).half().double().round()
@@ -37,6 +38,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         codes int8 [M, K] and scales fp32 [M]; a row of zeros gives codes 0 and scale 0.
+
     """
     wide = x.float()
     peak = wide.abs().amax(1, keepdim=True)
@@ -60,6 +62,7 @@ class MixqLinear:
         slots: outlier columns found so far, in order of discovery (int64 [S]).
         codes: int8 [M, K] of the last call's activations.
         scales: fp16 [M] of the last call's activations.
+
     """
 
     def __init__(self, weight: torch.Tensor, bits: int = 8, mode: str = "reference") -> None:

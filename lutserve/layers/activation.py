@@ -6,11 +6,11 @@ import torch
 
 from lutserve import luts
 from lutserve.compat import CustomOp, GeluAndMul, SiluAndMul, current_recipe, op_registry_oot
-from lutserve.kernels import ops
+from lutserve.kernels import activation, library
 from lutserve.recipe import Site
 
 #: site -> id of the table in use, for the worker's report
-TABLES: dict[Site, str] = {}
+TABLES: dict[str, str] = {}
 
 
 def site_table(site: Site, function: str) -> torch.Tensor | None:
@@ -21,6 +21,7 @@ def site_table(site: Site, function: str) -> torch.Tensor | None:
         return None
     # vLLM sets the default dtype to the model's while it builds the layers.
     dtype = torch.get_default_dtype()
+    library.load()
     TABLES[site] = luts.table_id(function, spec, dtype)
     return luts.lut_table(function, spec, dtype)
 
@@ -38,7 +39,8 @@ class LutSiluAndMul(SiluAndMul):
 
     def forward_table(self, x: torch.Tensor) -> torch.Tensor:
         """Gather and multiply."""
-        return ops.act_and_mul(x, self.lut)
+        out: torch.Tensor = activation.act_and_mul(x, self.lut)
+        return out
 
 
 class LutGeluAndMul(GeluAndMul):

@@ -142,7 +142,7 @@ class ReportedUnquantized(UnquantizedLinearMethod):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Let vLLM pack the weight, and count it."""
-        self.report.weights = layer.weight.numel()
+        self.report.weights = layer.get_parameter("weight").numel()
         self.report.kernel = "vllm"
         super().process_weights_after_loading(layer)
         REPORTS.finish(self.report)

@@ -1,5 +1,6 @@
 // lutserve::mixq_prepare: split outlier columns off and quantise the rest, row by row, in two reads of
-// a row that stays in cache. Schema and meaning: kernels/ops.py.
+// a row that stays in cache. lutserve::mixq_add_outliers: the thin product of those columns, for few rows.
+// Schemas and meaning: kernels/mixq.py.
 
 #include <cmath>
 #include <cstring>
@@ -131,10 +132,83 @@ Prepared mixq_prepare(const Tensor& x, const Tensor& index, const Tensor& keep) 
                                    : prepare<BFloat16>(rows, index, keep, dtype);
 }
 
+constexpr int64_t kWide = 4 * kLanes;  // columns whose sums stay in registers, times four rows
+
+template <class T>
+F32 fetch(const uint16_t* p, int64_t width) {
+  if (width >= kLanes) return cast<F32>(widen<T>(load(p)));
+  uint16_t tail[kLanes] = {};
+  std::memcpy(tail, p, size_t(width) * sizeof(uint16_t));
+  return cast<F32>(widen<T>(load(tail)));
+}
+
+// out[0..R, 0..width) += side[0..R, :] @ weight[:, 0..width), rounded once; width is at most 16 * V.
+template <class T, int R, int V>
+void add_block(uint16_t* out, const uint16_t* side, const uint16_t* weight, int64_t s, int64_t n, int64_t width) {
+  F32 sum[R][V] = {};
+  for (int64_t i = 0; i < s; ++i) {
+    F32 w[V];
+    for (int v = 0; v < V; ++v) w[v] = fetch<T>(weight + i * n + v * kLanes, width - v * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const float x = float(T(side[r * s + i], T::from_bits()));
+      for (int v = 0; v < V; ++v) sum[r][v] += w[v] * x;
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      const int64_t left = std::min<int64_t>(kLanes, width - v * kLanes);
+      uint16_t* y = out + r * n + v * kLanes;
+      uint16_t bits[kLanes];
+      store(bits, narrow<T>(cast<Float16>(fetch<T>(y, left) + sum[r][v])));
+      std::memcpy(y, bits, size_t(left) * sizeof(uint16_t));
+    }
+  }
+}
+
+// All rows of one block of columns, four rows to a read of the weight.
+template <class T, int V>
+void add_columns(uint16_t* out, const uint16_t* side, const uint16_t* weight, int64_t m, int64_t s, int64_t n,
+                 int64_t width) {
+  int64_t r = 0;
+  for (; r + 4 <= m; r += 4) add_block<T, 4, V>(out + r * n, side + r * s, weight, s, n, width);
+  for (; r < m; ++r) add_block<T, 1, V>(out + r * n, side + r * s, weight, s, n, width);
+}
+
+template <class T>
+void add_span(uint16_t* out, const uint16_t* side, const uint16_t* weight, int64_t m, int64_t s, int64_t n,
+              int64_t begin, int64_t end) {
+  int64_t c = begin;
+  for (; c + kWide <= end; c += kWide) add_columns<T, kWide / kLanes>(out + c, side, weight + c, m, s, n, kWide);
+  for (; c < end; c += kLanes) {
+    add_columns<T, 1>(out + c, side, weight + c, m, s, n, std::min(kLanes, end - c));
+  }
+}
+
+void mixq_add_outliers(const Tensor& out, const Tensor& side, const Tensor& weight) {
+  const ScalarType dtype = out.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "mixq_add_outliers: out must be float16 or bfloat16");
+  STD_TORCH_CHECK(side.scalar_type() == dtype && weight.scalar_type() == dtype && out.dim() == 2 &&
+                      side.dim() == 2 && weight.dim() == 2 && side.size(0) == out.size(0) &&
+                      weight.size(0) == side.size(1) && weight.size(1) == out.size(1) &&
+                      out.is_contiguous() && side.is_contiguous() && weight.is_contiguous(),
+                  "mixq_add_outliers: out [M, N], side [M, S] and weight [S, N] must be contiguous, of one dtype");
+  const int64_t m = out.size(0), n = out.size(1), s = side.size(1);
+  auto* y = static_cast<uint16_t*>(out.mutable_data_ptr());
+  const auto* a = static_cast<const uint16_t*>(side.const_data_ptr());
+  const auto* w = static_cast<const uint16_t*>(weight.const_data_ptr());
+  const auto run = dtype == ScalarType::Half ? add_span<Half> : add_span<BFloat16>;
+  const int64_t grain = std::max<int64_t>(1, 8 * kGrain / std::max<int64_t>(1, m * s * kWide));
+  torch::stable::parallel_for(0, (n + kWide - 1) / kWide, grain, [&](int64_t begin, int64_t end) {
+    run(y, a, w, m, s, n, begin * kWide, std::min(n, end * kWide));
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lutserve, CPU, library) {
   library.impl("mixq_prepare", TORCH_BOX(&mixq_prepare));
+  library.impl("mixq_add_outliers", TORCH_BOX(&mixq_add_outliers));
 }
 
 }  // namespace lutserve
