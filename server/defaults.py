@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from lutserve.errors import UserError
+
 GIB = 2**30
 
 
@@ -14,14 +16,24 @@ def given(flags: Sequence[str], *names: str) -> bool:
     return any(name in keys for name in names)
 
 
-def value_of(flags: Sequence[str], name: str) -> str | None:
-    """Return the value the user gave a flag, in either form; the last one counts."""
+def value_of(flags: Sequence[str], *names: str) -> str | None:
+    """Return the value the user gave a flag under any of its names, in either form; the last one counts."""
     found = None
-    for flag, following in zip(flags, [*flags[1:], None], strict=True):
+    for position, flag in enumerate(flags):
         key, equals, value = flag.partition("=")
-        if key.replace("_", "-") == name:
-            found = value if equals else following
+        if key.replace("_", "-") in names:
+            found = value if equals else next(iter(flags[position + 1 :]), None)
     return found
+
+
+def number_of(flags: Sequence[str], *names: str, default: int) -> int:
+    """Return a flag's value as a number; UserError if it is none."""
+    value = value_of(flags, *names)
+    if value is None:
+        return default
+    if not value.isdecimal():
+        raise UserError(f"{names[0]} {value}: give a whole number")
+    return int(value)
 
 
 def available_memory() -> int:
@@ -62,7 +74,7 @@ def cpu_environment(flags: Sequence[str]) -> dict[str, str]:
     """Return the environment variables to set on a CPU where the user has not set them."""
     environment: dict[str, str] = {}
     cores = len(os.sched_getaffinity(0))
-    if cores <= 4 and (value_of(flags, "--tensor-parallel-size") or "1") == "1":
+    if cores <= 4 and number_of(flags, "--tensor-parallel-size", "-tp", default=1) == 1:
         # The default layout has a scheduler process that spins on shared memory while the worker
         # computes: a whole core lost. On few cores the worker lives inside the scheduler instead.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

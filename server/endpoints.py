@@ -34,7 +34,8 @@ class LutserveEndpoints:
         async def layers(request: Request) -> list[dict[str, Any]]:
             """Method, kernel, bits and outlier columns of every linear layer, as they are now."""
             await COLLECTOR.refresh(request.app.state.engine_client)
-            return COLLECTOR.layers
+            reports: list[dict[str, Any]] = COLLECTOR.layers
+            return reports
 
         app.include_router(router)
 
@@ -48,4 +49,3 @@ class LutserveEndpoints:
         await COLLECTOR.refresh(engine_client)
         # Kept on the state: the event loop itself holds tasks only weakly.
         state.lutserve_life = asyncio.create_task(LIFECYCLE.take_signals(engine_client, state, args))
-

@@ -16,7 +16,7 @@ from lutserve import models, recipe
 from lutserve.errors import UserError
 from lutserve.recipe import Recipe
 from lutserve.server import defaults
-from lutserve.server.defaults import given, value_of
+from lutserve.server.defaults import given, number_of, value_of
 
 PLUGINS = ("lutserve", "lutserve_stats", "lutserve_http")
 
@@ -32,11 +32,12 @@ def serve(model: str, flags: Sequence[str], chosen: Recipe | None, **overrides: 
 
     Raises:
         UserError: something the user can fix, found before or while vLLM starts.
+
     """
     # Cheap checks first: a misspelt method must not cost the import of vLLM.
     recipe.from_flags(chosen, **overrides)
-    check_port(value_of(flags, "--host") or "127.0.0.1", int(value_of(flags, "--port") or 8000))
-    path = models.resolve(model)
+    check_port(value_of(flags, "--host") or "127.0.0.1", number_of(flags, "--port", default=8000))
+    path = models.resolve(model, progress=lambda text: print(text, file=sys.stderr))
     folder = Path(path)
     stored = recipe.from_model(folder) if folder.is_dir() else None
     served = recipe.from_flags(chosen or stored, **overrides)
@@ -48,9 +49,7 @@ def serve(model: str, flags: Sequence[str], chosen: Recipe | None, **overrides: 
     run(arguments(model, path, served, stored is not None, flags))
 
 
-def arguments(
-    model: str, path: str, served: Recipe, stored: bool, flags: Sequence[str]
-) -> list[str]:
+def arguments(model: str, path: str, served: Recipe, stored: bool, flags: Sequence[str]) -> list[str]:
     """Return vLLM's command line for our recipe, the user's flags last so that they win."""
     extra = json.loads(value_of(flags, "--additional-config") or "{}")
     extra["lutserve"] = served.to_config()
@@ -110,14 +109,18 @@ def check_port(host: str, port: int) -> None:
 def check_shapes(folder: Path, served: Recipe, flags: Sequence[str]) -> None:
     """UserError if the model's shapes cannot be split or cannot use the recipe's tables."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    parts = int(value_of(flags, "--tensor-parallel-size") or value_of(flags, "-tp") or 1)
+    parts = number_of(flags, "--tensor-parallel-size", "-tp", default=1)
     for key in ("num_attention_heads", "hidden_size", "intermediate_size"):
         width = config.get(key)
         if width and width % parts:
-            raise UserError(f"{key} {width} of {folder.name} is not divisible by {parts} tensor-parallel parts")
+            raise UserError(
+                f"{key} {width} of {folder.name} is not divisible by {parts} tensor-parallel parts"
+            )
     dtype = value_of(flags, "--dtype")
     if dtype in ("float32", "float") and (served.luts or served.quantizes):
-        raise UserError(f"--dtype {dtype}: tables and int8 layers need a 16-bit model; use bfloat16 or float16")
+        raise UserError(
+            f"--dtype {dtype}: tables and int8 layers need a 16-bit model; use bfloat16 or float16"
+        )
 
 
 def run(argv: list[str]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import REGISTRY, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from lutserve import __version__
 from lutserve.compat import StatLoggerBase, recipe_of
-from lutserve.recipe import SITES, Recipe
+from lutserve.recipe import Recipe, Site
 
 #: seconds a scrape may wait for a busy engine before it gets the numbers of the scrape before
 REFRESH_TIMEOUT = 2.0
@@ -51,8 +51,8 @@ class LutserveCollector:
         )
         for name, group in self.recipe.config_groups.items():
             info.add_metric([f"linear:{name}", group.method, ""], 1)
-        for site in SITES:
-            info.add_metric([site, self.recipe.luts.get(site, "exact"), self.tables.get(site, "")], 1)  # type: ignore[call-overload]
+        for site in get_args(Site):
+            info.add_metric([site, self.recipe.lut_for(site), self.tables.get(site, "")], 1)
         info.add_metric(["kv_cache", self.recipe.kv_cache_scheme, ""], 1)
         yield info
         if self.layers:
@@ -84,7 +84,7 @@ class LutserveCollector:
 COLLECTOR = LutserveCollector()
 
 
-class LutserveStatLogger(StatLoggerBase):  # type: ignore[misc]
+class LutserveStatLogger(StatLoggerBase):
     """Switches our metrics on for an engine that serves a recipe (`vllm.stat_logger_plugins`)."""
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:

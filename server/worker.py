@@ -9,7 +9,7 @@ class LutserveWorker:
     """Mixed into vLLM's worker (`--worker-extension-cls`); methods are called by `collective_rpc`."""
 
     def lutserve_layers(self) -> list[dict[str, Any]]:
-        """Return a report for every linear layer: method, kernel, bits, outlier columns now, misses so far."""
+        """Return a report for every linear layer: method, kernel, bits, outlier columns, misses."""
         from lutserve.quant_methods.config import REPORTS
 
         return [
