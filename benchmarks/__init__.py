@@ -1,0 +1,1 @@
+"""Throughput runs against servers, and the models they use."""

@@ -1,0 +1,1 @@
+"""Accuracy runs against a server."""
