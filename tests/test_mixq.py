@@ -59,7 +59,10 @@ def sample(m: int, k: int, dtype: torch.dtype, seed: int = 0, spread: float = 0.
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "k"), SHAPES)
-def test_prepare_equals_the_reference_and_the_scalar_rule(m: int, k: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [0, 4])
+def test_prepare_equals_the_reference_and_the_scalar_rule(
+    m: int, k: int, rows: int, dtype: torch.dtype
+) -> None:
     x = sample(m, k, dtype, spread=3.0)
     if m > 2:
         x[1] = 0
@@ -67,12 +70,14 @@ def test_prepare_equals_the_reference_and_the_scalar_rule(m: int, k: int, dtype:
     columns = sorted(torch.randperm(k)[: k // 8].tolist())
     index, keep = places(k, columns, padding=3)
     before = x.clone()
-    ours, reference = mixq.prepare(x, index, keep), mixq._reference(x, index, keep)
+    ours, reference = mixq.prepare(x, index, keep, rows), mixq._reference(x, index, keep, rows)
     assert torch.equal(x.view(torch.int16), before.view(torch.int16))
     for ours_part, reference_part in zip(ours[:3], reference[:3], strict=True):
         assert ours_part.dtype == reference_part.dtype
         assert torch.equal(ours_part, reference_part)
-    torch.testing.assert_close(ours[3], reference[3], rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours[3:], reference[3:], rtol=1e-5, atol=0)
+    assert ours[0].shape == (max(m, rows), k)
+    assert not ours[0][m:].any() and not ours[1][m:].any()
     for r in range(m):
         codes, scale = scalar_prepare(x[r].float().tolist(), columns)
         assert (ours[0][r].tolist(), ours[1][r].item()) == (codes, scale)
@@ -84,7 +89,7 @@ def test_every_pattern_is_quantised_alike(dtype: torch.dtype) -> None:
     finite = patterns[torch.isfinite(patterns)]
     for rows in (finite[:, None], finite[: len(finite) // 16 * 16].view(16, -1)):
         index, keep = places(rows.shape[1], [])
-        ours, reference = mixq.prepare(rows, index, keep), mixq._reference(rows, index, keep)
+        ours, reference = mixq.prepare(rows, index, keep, 1), mixq._reference(rows, index, keep, 1)
         assert torch.equal(ours[0], reference[0]) and torch.equal(ours[1], reference[1])
 
 
@@ -93,10 +98,10 @@ def test_every_pattern_is_quantised_alike(dtype: torch.dtype) -> None:
 def test_what_is_not_a_number_reaches_the_result(dtype: torch.dtype, bad: float) -> None:
     x = sample(3, 70, dtype)
     x[1, 69] = bad
-    scales = mixq.prepare(x, *places(70, []))[1][:, 0]
+    scales = mixq.prepare(x, *places(70, []), 1)[1][:, 0]
     assert not math.isfinite(scales[1].item())
     assert scales[[0, 2]].isfinite().all()
-    assert mixq.prepare(x, *places(70, [69]))[1].isfinite().all()
+    assert mixq.prepare(x, *places(70, [69]), 1)[1].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,7 +122,7 @@ def test_add_outliers(m: int, s: int, n: int, dtype: torch.dtype) -> None:
 
 def test_operators_are_sound_for_torch_compile() -> None:
     x = sample(3, 100, torch.bfloat16)
-    torch.library.opcheck(mixq.prepare, (x, *places(100, [1, 5])))
+    torch.library.opcheck(mixq.prepare, (x, *places(100, [1, 5]), 4))
     torch.library.opcheck(
         mixq.add_outliers,
         (sample(2, 40, torch.float16), sample(2, 16, torch.float16), sample(16, 40, torch.float16)),
@@ -128,7 +133,7 @@ def test_wrong_arguments_are_refused() -> None:
     index, keep = places(64, [])
     for bad in (torch.zeros(2, 64), torch.zeros(64).half(), torch.zeros(2, 100).half()):
         with pytest.raises(RuntimeError, match="mixq_prepare"):
-            mixq.prepare(bad, index, keep)
+            mixq.prepare(bad, index, keep, 1)
 
 
 def relative_error(out: torch.Tensor, exact: torch.Tensor) -> float:
@@ -188,15 +193,30 @@ def test_capacity_keeps_the_columns_that_pay_most() -> None:
     weight = sample(16, 512, torch.bfloat16)
     kernel = MixqKernel(weight, outliers=True)
     limit = capacity(512)
-    # One row an outlier column, so that every ratio is far above the threshold and grows with the column.
-    x = torch.zeros(2 * limit, 512, dtype=torch.bfloat16)
-    x[:] = 0.01
-    x[torch.arange(2 * limit), torch.arange(2 * limit)] = torch.linspace(1, 50, 2 * limit).bfloat16()
+    # One row an outlier column, all above the threshold: as many weak ones as strong ones.
+    x = torch.ones(2 * limit, 512, dtype=torch.bfloat16)
+    diagonal = torch.arange(2 * limit)
+    x[diagonal, diagonal] = torch.cat(
+        [torch.linspace(25, 30, limit), torch.linspace(100, 200, limit)]
+    ).bfloat16()
     kernel(x)
     assert kernel.slots.count == limit
-    kept = {column for column in kernel.slots.index.tolist() if column >= 0}
-    ratios = (x.float() / x.float().square().mean(1, keepdim=True).sqrt()).amax(0)
-    assert kept == set(ratios.topk(limit).indices.tolist())
+    kept = torch.zeros(512, dtype=torch.bool)
+    kept[kernel.slots.index[kernel.slots.index >= 0].long()] = True
+    assert kept.nonzero()[:, 0].tolist() == list(range(limit, 2 * limit))
+
+
+@pytest.mark.parametrize("m", [1, 2, 255, 256, 257, 600])
+def test_padding_and_splitting_rows_change_nothing(m: int) -> None:
+    weight = sample(40, 96, torch.bfloat16)
+    x = sample(m, 96, torch.bfloat16, seed=9)
+    kernel = MixqKernel(weight, outliers=False)
+    codes, scales = quantize_rows(x)
+    weights = quantize_rows(weight)
+    exact = (codes.double() @ weights[0].double().T) * scales.double()[:, None] * weights[1].double()[None]
+    out = kernel(x)
+    assert out.shape == (m, 40)
+    assert ((out.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
 
 
 @given(st.integers(1, 5000))

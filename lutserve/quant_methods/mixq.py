@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lutserve.compat import LinearMethodBase, ModelWeightParameter, in_dummy_run, vllm_ops
-from lutserve.kernels import library, mixq
+from lutserve.kernels import isa, library, mixq
 from lutserve.kernels.reference import TINY, quantize_rows
 from lutserve.methods import Method
 from lutserve.quant_methods.config import REPORTS, LayerReport
@@ -23,6 +23,11 @@ from lutserve.quant_methods.config import REPORTS, LayerReport
 #: a column is an outlier where |x| is above this many times the root mean square of its row's other
 #: columns. Removing a smaller one shrinks the int8 step of the row too little to pay for its 16-bit GEMM.
 THRESHOLD = 16.0
+#: Rows of one int8 GEMM call (measured: docs/mix8.md). Without AMX, oneDNN reads the weights a sixth faster
+#: for four rows than for one or two, so those are padded; with more than a few hundred rows it blocks badly
+#: and loses up to a fifth, so those are split.
+LEAST_ROWS = 1 if isa.detect().name == "amx" else 4
+MOST_ROWS = 256
 #: most times one call may look for outliers hidden behind the ones it has just found
 ROUNDS = 4
 
@@ -55,19 +60,19 @@ class OutlierSlots:
         self._publish(torch.empty(0, dtype=torch.int64))
 
     def grow(self, x: torch.Tensor) -> bool:
-        """Learn from x [M, K], which has a row above the threshold; return whether the columns changed."""
+        """Learn from rows x [R, K] that are above the threshold; return whether the columns changed."""
         self.misses += 1
         taken = self.index[self.index >= 0].long()
-        rest = x.float()
-        rest[:, taken] = 0
-        rms = rest.square().mean(1, keepdim=True).sqrt().clamp_min(TINY)
-        ratio = (x.float().abs() / rms).amax(0)
-        ratio[ratio <= THRESHOLD] = 0
-        self.score = torch.maximum(self.score, ratio.nan_to_num(0, 0, 0))
-        best = self.score.topk(min(self.capacity, int((self.score > 0).sum()))).indices.sort().values
-        if torch.equal(best, taken):
+        ratio = x.float().abs_()
+        rest = ratio.index_fill(1, taken, 0.0)
+        ratio /= rest.square_().mean(1, keepdim=True).sqrt_().clamp_min_(TINY)
+        best = ratio.amax(0)
+        best[best <= THRESHOLD] = 0
+        self.score = torch.maximum(self.score, best.nan_to_num_(0, 0, 0))
+        columns = self.score.topk(min(self.capacity, int((self.score > 0).sum()))).indices.sort().values
+        if torch.equal(columns, taken):
             return False
-        self._publish(best)
+        self._publish(columns)
         return True
 
     def _publish(self, columns: torch.Tensor) -> None:
@@ -103,7 +108,9 @@ class MixqKernel:
         self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         out = torch.empty((codes.shape[0], self.n), dtype=self.dtype)
-        vllm_ops.onednn_scaled_mm(self.handle, codes, out, scales, None, None, bias)
+        for part in range(0, codes.shape[0], MOST_ROWS):
+            rows = slice(part, part + MOST_ROWS)
+            vllm_ops.onednn_scaled_mm(self.handle, codes[rows], out[rows], scales[rows], None, None, bias)
         return out
 
     def _weight_rows(self, columns: torch.Tensor) -> torch.Tensor:
@@ -121,14 +128,17 @@ class MixqKernel:
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x @ W^T + bias, [M, N], for x [M, K]; x is left unchanged."""
         slots = self.slots
-        codes, scales, side, peak = mixq.prepare(x, slots.index, slots.keep)
+        least = LEAST_ROWS if len(x) < 3 else 1
+        codes, scales, side, ratios, highest = mixq.prepare(x, slots.index, slots.keep, least)
         # One scalar tells whether any row has an unknown outlier; there is no device to wait for. Again
         # after growing, because a large outlier hides a smaller one behind the row's mean square.
         rounds = ROUNDS if self.outliers else 0
-        while rounds and peak.item() > THRESHOLD and not in_dummy_run() and slots.grow(x):
-            codes, scales, side, peak = mixq.prepare(x, slots.index, slots.keep)
+        while rounds and highest.item() > THRESHOLD and not in_dummy_run():
+            if not slots.grow(x[ratios > THRESHOLD]):
+                break
+            codes, scales, side, ratios, highest = mixq.prepare(x, slots.index, slots.keep, least)
             rounds -= 1
-        out = self._gemm(codes, scales, bias)
+        out = self._gemm(codes, scales, bias)[: len(x)]
         if not slots.count:
             return out
         # torch's bf16 GEMM wins from about a dozen rows on; its fp16 GEMM never does without AMX-FP16.

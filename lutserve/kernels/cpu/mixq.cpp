@@ -88,36 +88,39 @@ struct Row {
 
 constexpr int64_t kGrain = 16384;  // elements a thread must have to be worth waking
 
-using Prepared = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Prepared = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
-Prepared prepare(const Rows& rows, const Tensor& index, const Tensor& keep, ScalarType dtype) {
-  const int64_t m = rows.count, k = rows.columns, s = index.numel();
-  const Tensor codes = empty({m, k}, ScalarType::Char), scales = empty({m, 1}, ScalarType::Float);
-  const Tensor side = empty({m, s}, dtype), peak = empty({1}, ScalarType::Float);
+Prepared prepare(const Rows& rows, const Tensor& index, const Tensor& keep, int64_t least, ScalarType dtype) {
+  const int64_t m = rows.count, k = rows.columns, s = index.numel(), padded = std::max(m, least);
+  const Tensor codes = empty({padded, k}, ScalarType::Char), scales = empty({padded, 1}, ScalarType::Float);
+  const Tensor side = empty({m, s}, dtype), ratios = empty({m}, ScalarType::Float);
+  const Tensor highest = empty({1}, ScalarType::Float);
   const auto* x = static_cast<const uint16_t*>(rows.tensor.const_data_ptr());
   const auto* slots = static_cast<const int32_t*>(index.const_data_ptr());
   const auto* words = static_cast<const int32_t*>(keep.const_data_ptr());
   auto* q = static_cast<int8_t*>(codes.mutable_data_ptr());
   auto* scale = static_cast<float*>(scales.mutable_data_ptr());
   auto* outliers = static_cast<uint16_t*>(side.mutable_data_ptr());
-  std::vector<float> ratios(size_t(std::max<int64_t>(m, 1)), 0.0f);
+  auto* ratio = static_cast<float*>(ratios.mutable_data_ptr());
+  std::fill(q + m * k, q + padded * k, int8_t(0));
+  std::fill(scale + m, scale + padded, 0.0f);
   torch::stable::parallel_for(0, m, std::max<int64_t>(1, kGrain / k), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const Row<T> row{x + r * rows.stride, words, k};
-      const auto [top, ratio] = row.measure();
+      const auto [top, above] = row.measure();
       // Written so that a NaN fails the comparison and reaches the result through the scale.
       scale[r] = top <= kTiny ? 0.0f : top / 127.0f;
       row.quantize(top > kTiny ? 127.0f / top : 0.0f, q + r * k);
       for (int64_t i = 0; i < s; ++i) outliers[r * s + i] = slots[i] < 0 ? 0 : row.x[slots[i]];
-      ratios[size_t(r)] = ratio;
+      ratio[r] = above;
     }
   });
-  *static_cast<float*>(peak.mutable_data_ptr()) = *std::max_element(ratios.begin(), ratios.end());
-  return {codes, scales, side, peak};
+  *static_cast<float*>(highest.mutable_data_ptr()) = m ? *std::max_element(ratio, ratio + m) : 0.0f;
+  return {codes, scales, side, ratios, highest};
 }
 
-Prepared mixq_prepare(const Tensor& x, const Tensor& index, const Tensor& keep) {
+Prepared mixq_prepare(const Tensor& x, const Tensor& index, const Tensor& keep, int64_t rows) {
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "mixq_prepare: x must be float16 or bfloat16");
@@ -127,9 +130,8 @@ Prepared mixq_prepare(const Tensor& x, const Tensor& index, const Tensor& keep) 
   STD_TORCH_CHECK(keep.scalar_type() == ScalarType::Int && keep.dim() == 1 && keep.is_contiguous() &&
                       keep.numel() == (x.size(1) + 31) / 32,
                   "mixq_prepare: keep must be a contiguous int32 [ceil(K / 32)]");
-  const Rows rows = rows_of(x);
-  return dtype == ScalarType::Half ? prepare<Half>(rows, index, keep, dtype)
-                                   : prepare<BFloat16>(rows, index, keep, dtype);
+  const auto run = dtype == ScalarType::Half ? prepare<Half> : prepare<BFloat16>;
+  return run(rows_of(x), index, keep, rows, dtype);
 }
 
 constexpr int64_t kWide = 4 * kLanes;  // columns whose sums stay in registers, times four rows
