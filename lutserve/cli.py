@@ -87,6 +87,81 @@ def serve(
     run(model or models.DEFAULT, flags, chosen, method=method, lut=lut, lut_sites=lut_sites, kv=kv)
 
 
+@app.command(name="eval", context_settings=PASS_THROUGH)
+def evaluate(
+    context: typer.Context,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma separated, e.g. piqa,wikitext2.")],
+    model: ModelOption = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Server to ask; default: start one with the flags given here.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with offline data and tasks/local_*.yaml files.")
+    ] = None,
+    limit: Annotated[float | None, typer.Option(help="Documents a task; below 1 a share of them.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
+    num_concurrent: Annotated[int, typer.Option(min=2, help="Requests in flight.")] = 16,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
+        "out/eval"
+    ),
+    resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = True,
+) -> None:
+    """Run lm-eval tasks through a server. Other flags (--method, --lut, ...) go to `lutserve serve`."""
+    from lutserve import models
+    from lutserve.eval.run import Settings, run
+
+    settings = Settings(
+        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        num_concurrent=num_concurrent,
+    )
+    outcome = run(
+        settings,
+        output=output,
+        model=None if base_url else model or models.DEFAULT,
+        server_args=context.args,
+        base_url=base_url,
+        data=data,
+        resume=resume,
+    )
+    print(outcome.table())
+    print(f"written to {outcome.path}", file=sys.stderr)
+
+
+@app.command(context_settings=PASS_THROUGH)
+def bench(
+    context: typer.Context,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Model folder; default: a random Llama of 1.1 B parameters, made once."),
+    ] = None,
+    providers: Annotated[
+        str | None, typer.Option(help="Servers to compare, comma separated, the baseline first.")
+    ] = None,
+    workloads: Annotated[str | None, typer.Option(help="Kinds of traffic, comma separated.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times every server meets every workload.")] = 3,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
+        "out/bench"
+    ),
+) -> None:
+    """Measure throughput of several servers, interleaved. Every other flag goes to `lutserve serve`."""
+    from rich.console import Console
+
+    from lutserve.benchmarks.serve import run
+
+    report = run(
+        output=output,
+        model=model,
+        providers=providers.split(",") if providers else None,
+        workloads=workloads.split(",") if workloads else None,
+        rounds=rounds,
+        server_args=context.args,
+    )
+    report.show(Console())
+    print(f"written to {report.path}", file=sys.stderr)
+
+
 @app.command(name="models")
 def list_models() -> None:
     """List the model aliases, their sizes and which are on this machine."""

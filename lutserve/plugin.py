@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 
 def register() -> None:
     """Tell vLLM our names.
@@ -15,3 +17,16 @@ def register() -> None:
 
     activation.register()
     config.register()
+    logging.getLogger("vllm.model_executor.models.utils").addFilter(say_once)
+
+
+def say_once(record: logging.LogRecord, said: set[str] = set()) -> bool:  # noqa: B006
+    """Logging filter: let vLLM's warning of a weight in another dtype through once, not once a tensor.
+
+    Serving an fp16 checkpoint in bf16 is our default on a CPU, and has hundreds of tensors.
+    """
+    if not str(record.msg).startswith("Attempted to load weight"):
+        return True
+    new = str(record.msg) not in said
+    said.add(str(record.msg))
+    return new

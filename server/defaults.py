@@ -46,11 +46,11 @@ def available_memory() -> int:
 
 
 def kv_cache_bytes(free: int) -> int:
-    """Return the KV cache size for `free` bytes of memory: a quarter, from 1 to 8 GiB.
+    """Return the KV cache size for `free` bytes of memory: a quarter, at least 1 GiB.
 
     Weights, their 16-bit originals while they are quantised, and activations live in the rest.
     """
-    return min(max(free // 4, GIB), 8 * GIB)
+    return max(free // 4, GIB)
 
 
 def cpu_flags(flags: Sequence[str]) -> list[str]:
@@ -79,6 +79,10 @@ def cpu_environment(flags: Sequence[str]) -> dict[str, str]:
         # computes: a whole core lost. On few cores the worker lives inside the scheduler instead.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         environment["OMP_NUM_THREADS"] = str(cores)
+        # Idle threads wait actively for a fraction of a millisecond, which covers the gaps inside a step,
+        # and then sleep: spinning on (libgomp's default) starves the API server, and a neighbour on the
+        # same cores then costs us most of our speed instead of its share.
+        environment["GOMP_SPINCOUNT"] = "50000"
     if not given(flags, "--no-enforce-eager", "-O", "--compilation-config", "-cc"):
         # vLLM's logprobs code compiles itself at its first use even in eager mode: half a minute for the
         # first request that asks, and the end of the engine where there is no C++ compiler.

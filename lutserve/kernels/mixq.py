@@ -66,8 +66,9 @@ keep: int32 [ceil(K / 32)], bit k % 32 of word k // 32 is 1 where column k is qu
 scales get at least so many rows, zeros behind the M real ones.
 
 Returns codes int8 [max(M, rows), K] (0 in columns that are not kept), scales float32 [max(M, rows), 1]
-(max|x| / 127; NaN or inf where the row has one), side [M, S] in x's dtype (columns of `index`, 0 for -1), ratios float32 [M]
-(max|x| / rms(x) of each row over its kept columns, 0 without a finite positive rms) and their maximum [1].
+(max|x| / 127; NaN or inf where the row has one), side [M, S] in x's dtype (columns of `index`, 0 for -1),
+ratios float32 [M] (max|x| / rms(x) of each row over its kept columns, 0 without a finite positive rms) and
+their maximum [1].
 RuntimeError if the arguments are not so.
 """
 
