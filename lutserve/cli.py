@@ -231,6 +231,9 @@ def main() -> int:
     except UserError as error:
         print(f"lutserve: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        # Ctrl-C, or SIGTERM while vLLM was still starting.
+        return 130
     return 0
 
 

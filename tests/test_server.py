@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from servers import KEY, SMALL, client, guarded, tiny  # noqa: F401
+from servers import KEY, SMALL, client
 
 from lutserve.recipe import from_flags
 from lutserve.server.client import Server, running_server
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 PROMPT = "The river rises in the hills"
 
 
-def test_completion(guarded: Server) -> None:  # noqa: F811
+def test_completion(guarded: Server) -> None:
     answer = client(guarded).completions.create(
         model=guarded.model, prompt=PROMPT, max_tokens=8, temperature=0
     )
@@ -36,14 +36,14 @@ def test_completion(guarded: Server) -> None:  # noqa: F811
     assert again.choices[0].text == answer.choices[0].text
 
 
-def test_chat(guarded: Server) -> None:  # noqa: F811
+def test_chat(guarded: Server) -> None:
     messages = [{"role": "user", "content": "How far is it?"}]
     answer = client(guarded).chat.completions.create(model=guarded.model, messages=messages, max_tokens=5)  # type: ignore[arg-type]
     assert answer.usage and answer.usage.completion_tokens <= 5
     assert answer.choices[0].message.role == "assistant"
 
 
-def test_a_stream_gives_the_text_of_the_plain_answer(guarded: Server) -> None:  # noqa: F811
+def test_a_stream_gives_the_text_of_the_plain_answer(guarded: Server) -> None:
     ask = {"model": guarded.model, "prompt": PROMPT, "max_tokens": 20, "temperature": 0}
     whole = client(guarded).completions.create(**ask).choices[0].text  # type: ignore[call-overload]
     chunks = list(client(guarded).completions.create(**ask, stream=True))  # type: ignore[call-overload]
@@ -51,7 +51,7 @@ def test_a_stream_gives_the_text_of_the_plain_answer(guarded: Server) -> None:  
     assert len(chunks) > 5
 
 
-def test_echo_with_logprobs_scores_the_prompt(guarded: Server) -> None:  # noqa: F811
+def test_echo_with_logprobs_scores_the_prompt(guarded: Server) -> None:
     tokens = [5, 77, 300, 12, 5]
     answer = client(guarded).completions.create(
         model=guarded.model, prompt=tokens, max_tokens=1, echo=True, logprobs=1, temperature=0
@@ -63,7 +63,7 @@ def test_echo_with_logprobs_scores_the_prompt(guarded: Server) -> None:  # noqa:
     assert all(-100 < value <= 0 for value in logprobs.token_logprobs[1:])
 
 
-def test_n_and_stop(guarded: Server) -> None:  # noqa: F811
+def test_n_and_stop(guarded: Server) -> None:
     many = client(guarded).completions.create(model=guarded.model, prompt=PROMPT, max_tokens=6, n=3, seed=1)
     assert [choice.index for choice in many.choices] == [0, 1, 2]
     ask = {"model": guarded.model, "prompt": PROMPT, "temperature": 0}
@@ -74,7 +74,7 @@ def test_n_and_stop(guarded: Server) -> None:  # noqa: F811
     assert cut.text == text[: text.index(stop)]
 
 
-def test_concurrent_requests_each_get_their_own_answer(guarded: Server) -> None:  # noqa: F811
+def test_concurrent_requests_each_get_their_own_answer(guarded: Server) -> None:
     async def ask(many: openai.AsyncOpenAI, length: int) -> int:
         answer = await many.completions.create(
             model=guarded.model, prompt=PROMPT, max_tokens=length, extra_body={"ignore_eos": True}
@@ -89,7 +89,7 @@ def test_concurrent_requests_each_get_their_own_answer(guarded: Server) -> None:
     assert asyncio.run(scene()) == list(range(1, 25))
 
 
-def test_a_client_that_leaves_in_mid_stream_frees_its_place(guarded: Server) -> None:  # noqa: F811
+def test_a_client_that_leaves_in_mid_stream_frees_its_place(guarded: Server) -> None:
     stream = client(guarded).completions.create(
         model=guarded.model, prompt=PROMPT, max_tokens=480, stream=True, extra_body={"ignore_eos": True}
     )
@@ -112,7 +112,7 @@ def get(server: Server, path: str, key: str | None = KEY) -> httpx.Response:
     return httpx.get(server.base_url + path, headers=headers, timeout=60)
 
 
-def test_every_route_but_health_needs_the_key(guarded: Server) -> None:  # noqa: F811
+def test_every_route_but_health_needs_the_key(guarded: Server) -> None:
     paths = get(guarded, "/openapi.json").json()["paths"]
     routes = [(method, path) for path, methods in paths.items() for method in methods]
     assert {"/invocations", "/tokenize", "/metrics", "/lutserve/recipe", "/v1/completions"} <= set(paths)
@@ -125,7 +125,7 @@ def test_every_route_but_health_needs_the_key(guarded: Server) -> None:  # noqa:
         client(guarded, key="wrong").models.list()
 
 
-def test_recipe_layers_and_metrics(guarded: Server) -> None:  # noqa: F811
+def test_recipe_layers_and_metrics(guarded: Server) -> None:
     assert get(guarded, "/lutserve/recipe").json() == from_flags(method="mix8", lut="nli-4").to_config()
     layers = get(guarded, "/lutserve/layers").json()
     assert {layer["group"] for layer in layers} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
@@ -139,7 +139,7 @@ def test_recipe_layers_and_metrics(guarded: Server) -> None:  # noqa: F811
         assert name + '{group="down_proj"}' in text
 
 
-def test_start_up_lines_name_method_kernel_and_bits(guarded: Server) -> None:  # noqa: F811
+def test_start_up_lines_name_method_kernel_and_bits(guarded: Server) -> None:
     assert guarded.log
     log = guarded.log.read_text()
     for group in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
@@ -159,7 +159,7 @@ if __name__ == "__main__":
 """
 
 
-def test_method_none_equals_plain_vllm_and_sigterm_drains(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_method_none_equals_plain_vllm_and_sigterm_drains(tiny: Path, tmp_path: Path) -> None:
     prompts = [[7, 8, 9], [300, 301, 17, 4, 4, 99], list(range(3, 120))]
     script = tmp_path / "plain.py"
     script.write_text(PLAIN)
@@ -214,7 +214,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
         time.sleep(0.02)
 
 
-def test_a_folder_with_a_recipe_needs_no_flag(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_folder_with_a_recipe_needs_no_flag(tiny: Path, tmp_path: Path) -> None:
     """Plain `vllm serve DIR` finds the recipe in config.json, and compiled mode serves it."""
     folder = tmp_path / "with-recipe"
     folder.mkdir()
