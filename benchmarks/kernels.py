@@ -11,8 +11,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ Call = Callable[[], torch.Tensor]
 REPEATS = 15
 
 
-def compare(calls: dict[str, Call], tolerance: float) -> dict[str, list[float]]:
+def compare(calls: Mapping[str, Call], tolerance: float) -> dict[str, list[float]]:
     """Return microseconds (p20, median, p80) of each call, interleaved; all must agree with the first.
 
     Raises:
@@ -64,48 +65,45 @@ def cases() -> Iterator[tuple[str, dict[str, list[float]]]]:
     table = luts.lut_table("silu", "nli-32", torch.bfloat16)
     for m in (1, 8, 64, 512):
         x = normal(m, 16384).bfloat16()
-        out = x.new_empty(m, 8192)
-
-        def silu_and_mul(x: torch.Tensor = x) -> torch.Tensor:
-            gate, up = x.chunk(2, -1)
-            return torch.nn.functional.silu(gate) * up
-
-        def table_lookup(x: torch.Tensor = x) -> torch.Tensor:
-            result: torch.Tensor = activation.act_and_mul(x, table)
-            return result
-
-        yield (
-            f"gated SiLU [{m}, 2 x 8192] bf16",
-            compare({"torch": silu_and_mul, "table": table_lookup}, 2e-2),
-        )
+        pair = {"torch": partial(_silu_and_mul, x), "table": partial(activation.act_and_mul, x, table)}
+        yield f"gated SiLU [{m}, 2 x 8192] bf16", compare(pair, 2e-2)
 
     for m, k in ((1, 2048), (8, 2048), (512, 2048), (1, 8192), (512, 8192)):
         x = normal(m, k).bfloat16()
         index, keep = torch.empty(0, dtype=torch.int32), torch.full((k // 32,), -1, dtype=torch.int32)
-        calls = {
-            "vllm": lambda x=x: vllm_ops.onednn_scaled_int8_quant(x)[0],
-            "mixq_prepare": lambda x=x, i=index, keep=keep: mixq.prepare(x, i, keep, 1)[0],
-        }
-        yield f"quantise [{m}, {k}] bf16", compare(calls, 1e-2)
+        ours = partial(_first, mixq.prepare, x, index, keep, 1)
+        pair = {"vllm": partial(_first, vllm_ops.onednn_scaled_int8_quant, x), "mixq_prepare": ours}
+        yield f"quantise [{m}, {k}] bf16", compare(pair, 1e-2)
 
     for dtype in (torch.bfloat16, torch.float16):
         for m, s in ((1, 16), (1, 96), (8, 96), (64, 96)):
             out, side, weight = (t.to(dtype) for t in (normal(m, 2048), normal(m, s), normal(s, 2048)))
+            pair = {"torch": partial(_addmm, out, side, weight), "loop": partial(_loop, out, side, weight)}
+            yield f"outliers [{m}, {s}] x [{s}, 2048] {dtype}", compare(pair, 1e-2)
 
-            def loop(
-                out: torch.Tensor = out, side: torch.Tensor = side, w: torch.Tensor = weight
-            ) -> torch.Tensor:
-                mixq.add_outliers(out.zero_(), side, w)
-                return out
-
-            calls = {"torch": lambda o=out, a=side, w=weight: o.zero_().addmm_(a, w), "loop": loop}
-            yield f"outliers [{m}, {s}] x [{s}, 2048] {dtype}", compare(calls, 1e-2)
-
-    yield from _gemms(normal)
+    yield from _gemms()
 
 
-def _gemms(normal: Callable[..., torch.Tensor]) -> Iterator[tuple[str, dict[str, list[float]]]]:
-    """oneDNN's int8 GEMM by number of rows. Few rows meet 16 weights in turn, so that none is cached."""
+def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _first(call: Callable[..., tuple[torch.Tensor, ...]], *arguments: Any) -> torch.Tensor:
+    return call(*arguments)[0]
+
+
+def _addmm(out: torch.Tensor, side: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return out.zero_().addmm_(side, weight)
+
+
+def _loop(out: torch.Tensor, side: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    mixq.add_outliers(out.zero_(), side, weight)
+    return out
+
+
+def _gemms() -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """The int8 GEMM of oneDNN by number of rows. Few rows meet 16 weights in turn, so that none is cached."""
     k, n = 2048, 16384
     scales = torch.full((1, n), 1e-3)
     codes = [torch.randint(-127, 128, (n, k), dtype=torch.int8) for _ in range(16)]
@@ -123,9 +121,9 @@ def _gemms(normal: Callable[..., torch.Tensor]) -> Iterator[tuple[str, dict[str,
                 vllm_ops.onednn_scaled_mm(handle, x[cut], out[cut], ones[cut], None, None, None)
         return out[:1]
 
-    some = {f"{m} rows": lambda m=m: multiply(m, m, True) for m in (1, 2, 3, 4, 6, 8)}
+    some = {f"{m} rows": partial(multiply, m, m, True) for m in (1, 2, 3, 4, 6, 8)}
     yield f"int8 GEMM [few, {k}] x 16 cold [{k}, {n}]", compare(some, 0.0)
-    many = {f"by {step}": lambda step=step: multiply(1024, step, False) for step in (1024, 512, 256, 128)}
+    many = {f"by {step}": partial(multiply, 1024, step, False) for step in (1024, 512, 256, 128)}
     yield f"int8 GEMM [1024, {k}] x [{k}, {n}]", compare(many, 0.0)
 
 

