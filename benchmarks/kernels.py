@@ -143,7 +143,8 @@ def main(
         table.add_row(
             name, ", ".join(f"{who} {m:g} ({low:g} - {high:g})" for who, (low, m, high) in timings.items())
         )
-    Console(soft_wrap=True).print(table)
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 200)
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"kernels_{datetime.now():%Y-%m-%dT%H-%M-%S}.json"
     path.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
