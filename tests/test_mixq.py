@@ -206,6 +206,43 @@ def test_capacity_keeps_the_columns_that_pay_most() -> None:
     assert kept.nonzero()[:, 0].tolist() == list(range(limit, 2 * limit))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 5])
+def test_bias_is_added_once(m: int, dtype: torch.dtype) -> None:
+    weight, x = weight_and_input(dtype, {3: 200.0}, m)
+    bias = torch.linspace(-500, 500, 96).to(dtype)
+    exact = x.double() @ weight.double().T + bias.double()
+    assert relative_error(MixqKernel(weight, outliers=True)(x, bias), exact) < 0.01
+
+
+def test_dummy_runs_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = weight_and_input(torch.bfloat16, {3: 200.0})
+    kernel = MixqKernel(weight, outliers=True)
+    monkeypatch.setattr(method, "in_dummy_run", lambda: True)
+    kernel(x)
+    assert (kernel.slots.count, kernel.slots.misses) == (0, 0)
+
+
+def test_a_chance_value_fills_no_slot_but_a_frequent_one_does() -> None:
+    weight, x = sample(16, 2048, torch.bfloat16), torch.ones(64, 2048, dtype=torch.bfloat16)
+    x[0, 5] = 13.0
+    x[:, 9] = 13.0
+    kernel = MixqKernel(weight, outliers=True)
+    kernel(x)
+    assert [column for column in kernel.slots.index.tolist() if column >= 0] == [9]
+
+
+def test_learning_grows_rarer_while_nothing_changes() -> None:
+    weight, x = sample(16, 2048, torch.bfloat16), torch.ones(1, 2048, dtype=torch.bfloat16)
+    x[0, 5] = 10.5
+    kernel = MixqKernel(weight, outliers=True)
+    for _ in range(200):
+        kernel(x)
+    seen = kernel.slots.rows - method.PRIOR_ROWS
+    assert kernel.slots.misses == 200
+    assert 3 < seen < 20
+
+
 @pytest.mark.parametrize("m", [1, 2, 255, 256, 257, 600])
 def test_padding_and_splitting_rows_change_nothing(m: int) -> None:
     weight = sample(40, 96, torch.bfloat16)

@@ -68,10 +68,8 @@ class OutlierSlots:
         self.misses = self.waiting = self.patience = 0
         self._publish(torch.empty(0, dtype=torch.int64))
 
-    def wants(self, highest: float) -> bool:
-        """Whether to learn from a call whose largest value is `highest` times its row's rms."""
-        if highest <= THRESHOLD:
-            return False
+    def wants(self) -> bool:
+        """Count a call that meets an unknown outlier; return whether to learn from it."""
         self.misses += 1
         self.waiting -= 1
         return self.waiting < 0
@@ -173,7 +171,7 @@ class MixqKernel:
 
         prepared = prepare()
         # One scalar tells whether any row has an unknown outlier; there is no device to wait for.
-        if self.outliers and slots.wants(prepared[-1].item()) and not in_dummy_run():
+        if self.outliers and prepared[-1].item() > THRESHOLD and not in_dummy_run() and slots.wants():
             prepared = slots.learn(x, prepared, prepare)
         codes, scales, side, _, _ = prepared
         out = self._gemm(codes, scales, bias)[: len(x)]
