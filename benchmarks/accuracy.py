@@ -62,7 +62,11 @@ def main(
     for row in rows:
         row["ratio"] = row["perplexity"] / base
     setting = {"model": model, "text": "WikiText-2 raw test", "window": WINDOW, "windows": windows}
-    record = machine.collect() | setting | {"command": sys.argv[1:], "results": rows}
+    record = (
+        machine.collect()
+        | setting
+        | {"command": ["python", "-m", "lutserve.benchmarks.accuracy", *sys.argv[1:]], "results": rows}
+    )
     path = output / f"accuracy_{datetime.now():%Y-%m-%dT%H-%M-%S}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     table = Table("recipe", "perplexity", "against bf16", box=None)

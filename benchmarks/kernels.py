@@ -137,7 +137,11 @@ def main(
     torch.set_num_threads(threads)
     results: list[dict[str, Any]] = []
     table = Table("case", "microseconds: median (p20 - p80)", box=None)
-    record = machine.collect() | {"command": sys.argv[1:], "threads": threads, "kernels": library.load()}
+    record = machine.collect() | {
+        "command": ["python", "-m", "lutserve.benchmarks.kernels", *sys.argv[1:]],
+        "threads": threads,
+        "kernels": library.load(),
+    }
     for name, timings in cases():
         results.append({"case": name, "microseconds_p20_median_p80": timings})
         table.add_row(
