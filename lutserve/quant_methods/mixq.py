@@ -27,10 +27,10 @@ THRESHOLD = 10.0
 #: of it the column is to blame for. Frequent outliers gain, and rare ones that are very large.
 GAIN = 0.1
 #: rows without outliers that every layer is taken to have seen, so that a chance value gains nothing
-PRIOR_ROWS = 256
+PRIOR_ROWS = 4096
 #: most times one call may look for outliers hidden behind the ones it has just found
 ROUNDS = 4
-#: most calls with outliers that are passed over after learning has changed nothing
+#: most calls with outliers that are passed over between two that teach; the gaps double up to it
 PATIENCE = 64
 #: Rows of one int8 GEMM call (measured: docs/mix8.md). Without AMX, oneDNN reads the weights a sixth faster
 #: for four rows than for one or two, so those are padded; with more than a few hundred rows it blocks badly
@@ -48,8 +48,8 @@ class OutlierSlots:
     """The outlier columns of one input, learnt while serving ("locality", section 4 of the paper).
 
     Every column has a gain, see GAIN; those that gain enough, at most `capacity`, are kept in 16 bit.
-    Gains are learnt from calls that meet an unknown outlier, and from fewer and fewer of them as long as
-    nothing new comes of it.
+    Gains are learnt from calls that meet an unknown outlier, from fewer and fewer of them: learning costs
+    more than the call itself. A column leaves when its gain falls below half of what it entered with.
 
     Attributes:
         index: int32 [S], S a multiple of 16; unused places hold -1.
@@ -66,6 +66,7 @@ class OutlierSlots:
         self.excess = torch.zeros(k)
         self.rows = PRIOR_ROWS
         self.misses = self.waiting = self.patience = 0
+        self.index, self.weight = torch.empty(0, dtype=torch.int32), torch.empty(0)
         self._publish(torch.empty(0, dtype=torch.int64))
 
     def wants(self) -> bool:
@@ -79,15 +80,13 @@ class OutlierSlots:
     ) -> mixq.Prepared:
         """Learn from x [M, K], prepared with the known columns; return it with the new ones."""
         before, self.rows = self.excess, self.rows + len(x)
-        changed = False
         for _ in range(ROUNDS):
             self.excess = before + self._excess(x, prepared)
             if not self._choose():
                 break
             # Again, because a large outlier hides a smaller one behind the row's mean square.
-            changed, prepared = True, prepare()
-        self.patience = 0 if changed else min(2 * self.patience + 1, PATIENCE)
-        self.waiting = self.patience
+            prepared = prepare()
+        self.waiting = self.patience = min(2 * self.patience + 1, PATIENCE)
         return prepared
 
     def _excess(self, x: torch.Tensor, prepared: mixq.Prepared) -> torch.Tensor:
@@ -103,9 +102,12 @@ class OutlierSlots:
 
     def _choose(self) -> bool:
         """Publish the columns that gain enough; return whether they are others than before."""
-        enough = int((self.excess >= GAIN * self.rows).sum())
-        columns = self.excess.topk(min(self.capacity, enough)).indices.sort().values
-        if torch.equal(columns, self.index[self.index >= 0].long()):
+        known = self.index[self.index >= 0].long()
+        # Twice the gain for a place already held: what is near the limit must not come and go.
+        gain = self.excess.index_add(0, known, self.excess[known])
+        enough = int((gain >= GAIN * self.rows).sum())
+        columns = gain.topk(min(self.capacity, enough)).indices.sort().values
+        if torch.equal(columns, known):
             return False
         self._publish(columns)
         return True
@@ -115,14 +117,18 @@ class OutlierSlots:
         mask = torch.ones(-(-k // 32) * 32, dtype=torch.int64)
         mask[columns] = 0
         words = (mask.view(-1, 32) << torch.arange(32)).sum(1)
-        self.keep = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
         # Whole tiles of 16 columns keep the number of GEMM shapes small.
-        self.index = torch.full((-(-len(columns) // 16) * 16,), -1, dtype=torch.int32)
-        self.index[: len(columns)] = columns.to(torch.int32)
-        rows = self.weight_rows(columns)
-        self.weight = rows.new_zeros(len(self.index), rows.shape[1])
-        self.weight[: len(columns)] = rows
-        self.count = len(columns)
+        index = torch.full((-(-len(columns) // 16) * 16,), -1, dtype=torch.int32)
+        index[: len(columns)] = columns.to(torch.int32)
+        # Rows that are held already are moved; reading one out of the packed weight costs a GEMM.
+        same = (index[:, None] == self.index) & (index[:, None] >= 0)
+        kept = same.any(1)
+        fresh = self.weight_rows(index[~kept & (index >= 0)].long())
+        weight = fresh.new_zeros(len(index), fresh.shape[1])
+        weight[kept] = self.weight[same.int().argmax(1)[kept]] if kept.any() else fresh[:0]
+        weight[~kept & (index >= 0)] = fresh
+        self.keep = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+        self.index, self.weight, self.count = index, weight, len(columns)
 
 
 class MixqKernel:
