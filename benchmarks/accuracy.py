@@ -29,7 +29,6 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "nli-4": ("--method", "none", "--lut", "nli-4"),
     "int8": ("--method", "int8"),
     "mix8": ("--method", "mix8"),
-    "mix8 + nli-4": ("--method", "mix8", "--lut", "nli-4"),
 }
 
 
@@ -55,8 +54,7 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for name, flags in RECIPES.items():
-        log = output / f"{name.replace(' ', '')}.log"
-        found = measure(flags, text, windows, log, model)
+        found = measure(flags, text, windows, output / f"{name}.log", model)
         rows.append({"recipe": name, "flags": flags, "perplexity": found.ppl, "nll": found.nll})
     base = rows[0]["perplexity"]
     for row in rows:

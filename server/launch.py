@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lutserve import models, recipe
 from lutserve.errors import UserError
@@ -150,7 +150,13 @@ def run(argv: list[str]) -> None:
     # Not through vLLM's own command, which asks for the metadata of a distribution called `vllm`.
     cli_env_setup()
     sys.argv = ["lutserve serve", *argv]
-    args = make_arg_parser(FlexibleArgumentParser(prog="lutserve serve")).parse_args(argv)
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            # argparse would print vLLM's usage first, which is hundreds of lines long.
+            raise UserError(f"{message}; `lutserve serve --help` and vLLM's documentation list the flags")
+
+    args = make_arg_parser(Parser(prog="lutserve serve")).parse_args(argv)
     try:
         validate_parsed_serve_args(args)
         uvloop.run(run_server(args))
