@@ -13,6 +13,7 @@ import typer
 
 from lutserve import __version__, env
 from lutserve.errors import UserError
+from lutserve.methods import METHODS
 from lutserve.torchvision_guard import hide_broken_torchvision
 
 # At import, not in main(): the processes that vLLM spawns import this module again and nothing else of
@@ -30,14 +31,14 @@ app = typer.Typer(
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+_METHOD_HELP = "Linear layers. " + "; ".join(f"{m.name}: {m.summary}" for m in METHODS.values()) + "."
+
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", help="Alias (`lutserve models`), folder or hub id. Default: smollm2-135m."),
 ]
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="Recipe file (JSON).")]
-MethodOption = Annotated[
-    str | None, typer.Option("--method", help="Arithmetic of the linear layers: none, int8, mix8.")
-]
+MethodOption = Annotated[str | None, typer.Option("--method", help=_METHOD_HELP)]
 LutOption = Annotated[
     str | None,
     typer.Option("--lut", help="Table of the nonlinear sites: exact, nli-2, nli-4, nli-16, nli-32."),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from pathlib import Path
 
 from lutserve import env, machine
 from lutserve.errors import UserError
@@ -97,17 +97,14 @@ def _places(port: int) -> Iterator[Finding]:
     cache = env.cache_dir()
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(place).free
-    writable = _writable(place)
-    problem = "" if writable else f"{place} is not writable; set LUTSERVE_CACHE to a folder that is"
+    problem = (
+        ""
+        if os.access(place, os.W_OK)
+        else f"{place} is not writable; set LUTSERVE_CACHE to another folder"
+    )
     if free < GIB:
         problem = f"less than 1 GiB is free at {place}; free some or set LUTSERVE_CACHE"
     yield Finding("cache", f"{cache}, {free / GIB:.0f} GiB free", problem)
-
-
-def _writable(folder: Path) -> bool:
-    import os
-
-    return os.access(folder, os.W_OK)
 
 
 def _kernels() -> Iterator[Finding]:

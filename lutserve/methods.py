@@ -19,17 +19,15 @@ class Method:
     name: str
     #: module of `lutserve.quant_methods` that implements it; empty for the model's own 16-bit GEMM
     family: str
-    #: stored bits a weight, scales not counted
-    bits: int
     summary: str
 
 
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
-        Method("none", "", 16, "the model's own 16-bit weights and GEMM"),
-        Method("mix8", "mixq", 8, "MixQ W8A8O16: int8 weights and activations, outlier columns in 16 bit"),
-        Method("int8", "mixq", 8, "W8A8: mix8 without outlier columns"),
+        Method("none", "", "the model's own 16-bit weights and GEMM"),
+        Method("mix8", "mixq", "MixQ W8A8O16: int8 weights and activations, outlier columns in 16 bit"),
+        Method("int8", "mixq", "W8A8: mix8 without outlier columns"),
     )
 }
 
