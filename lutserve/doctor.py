@@ -98,9 +98,7 @@ def _places(port: int) -> Iterator[Finding]:
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     problem = (
-        ""
-        if os.access(place, os.W_OK)
-        else f"{place} is not writable; set LUTSERVE_CACHE to another folder"
+        "" if os.access(place, os.W_OK) else f"{place} is not writable; set LUTSERVE_CACHE to another folder"
     )
     if free < GIB:
         problem = f"less than 1 GiB is free at {place}; free some or set LUTSERVE_CACHE"
