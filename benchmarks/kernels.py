@@ -71,7 +71,7 @@ def cases() -> Iterator[tuple[str, dict[str, list[float]]]]:
     for m, k in ((1, 2048), (8, 2048), (512, 2048), (1, 8192), (512, 8192)):
         x = normal(m, k).bfloat16()
         index, keep = torch.empty(0, dtype=torch.int32), torch.full((k // 32,), -1, dtype=torch.int32)
-        ours = partial(_first, mixq.prepare, x, index, keep, 1)
+        ours = partial(_first, mixq.prepare, x, index, keep)
         pair = {"vllm": partial(_first, vllm_ops.onednn_scaled_int8_quant, x), "mixq_prepare": ours}
         yield f"quantise [{m}, {k}] bf16", compare(pair, 1e-2)
 

@@ -10,7 +10,7 @@ from lutserve.kernels.reference import TINY, quantize_rows
 Prepared = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _fake(x: torch.Tensor, index: torch.Tensor, keep: torch.Tensor, rows: int) -> Prepared:
+def _fake(x: torch.Tensor, index: torch.Tensor, keep: torch.Tensor) -> Prepared:
     torch._check(
         x.dtype in (torch.float16, torch.bfloat16),
         lambda: f"mixq_prepare: x must be float16 or bfloat16, not {x.dtype}",
@@ -29,19 +29,19 @@ def _fake(x: torch.Tensor, index: torch.Tensor, keep: torch.Tensor, rows: int) -
     )
     m = x.shape[0]
     return (
-        x.new_empty((max(m, rows), x.shape[1]), dtype=torch.int8),
-        x.new_empty((max(m, rows), 1), dtype=torch.float32),
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty((m, 1), dtype=torch.float32),
         x.new_empty((m, index.shape[0])),
         x.new_empty((m,), dtype=torch.float32),
         x.new_empty((1,), dtype=torch.float32),
     )
 
 
-def _reference(x: torch.Tensor, index: torch.Tensor, keep: torch.Tensor, rows: int) -> Prepared:
-    _fake(x, index, keep, rows)
+def _reference(x: torch.Tensor, index: torch.Tensor, keep: torch.Tensor) -> Prepared:
+    _fake(x, index, keep)
     bits = (keep.long()[:, None] >> torch.arange(32)) & 1
     rest = torch.where(bits.flatten()[: x.shape[1]].bool(), x, 0).float()
-    codes, scales = quantize_rows(torch.nn.functional.pad(rest, (0, 0, 0, max(0, rows - len(x)))))
+    codes, scales = quantize_rows(rest)
     side = torch.where(index >= 0, x[:, index.clamp_min(0).long()], 0)
     rms = rest.square().mean(1).sqrt()
     ratios = torch.where(rms > TINY, rest.abs().amax(1) / rms, 0.0)
@@ -55,17 +55,16 @@ def _reference(x: torch.Tensor, index: torch.Tensor, keep: torch.Tensor, rows: i
 
 
 prepare = define(
-    "mixq_prepare(Tensor x, Tensor index, Tensor keep, int rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "mixq_prepare(Tensor x, Tensor index, Tensor keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _reference,
     _fake,
 )
 """Split the outlier columns off x and quantise the rest by rows.
 
 x: [M, K], float16 or bfloat16. index: int32 [S], the outlier columns, -1 for unused places.
-keep: int32 [ceil(K / 32)], bit k % 32 of word k // 32 is 1 where column k is quantised. rows: codes and
-scales get at least so many rows, zeros behind the M real ones.
+keep: int32 [ceil(K / 32)], bit k % 32 of word k // 32 is 1 where column k is quantised.
 
-Returns codes int8 [max(M, rows), K] (0 in columns that are not kept), scales float32 [max(M, rows), 1]
+Returns codes int8 [M, K] (0 in columns that are not kept), scales float32 [M, 1]
 (max|x| / 127; NaN or inf where the row has one), side [M, S] in x's dtype (columns of `index`, 0 for -1),
 ratios float32 [M] (max|x| / rms(x) of each row over its kept columns, 0 without a finite positive rms) and
 their maximum [1].

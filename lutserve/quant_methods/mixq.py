@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from lutserve.compat import LinearMethodBase, ModelWeightParameter, in_dummy_run, vllm_ops
-from lutserve.kernels import isa, library, mixq
+from lutserve.compat import LinearMethodBase, ModelWeightParameter, in_dummy_run
+from lutserve.kernels import library, mixq
 from lutserve.kernels.reference import quantize_rows
 from lutserve.methods import Method
+from lutserve.quant_methods import int8_gemm
 from lutserve.quant_methods.config import REPORTS, LayerReport
 
 #: a value is an outlier where it is above this many times the root mean square of its row's other columns
@@ -32,11 +33,6 @@ PRIOR_ROWS = 4096
 ROUNDS = 4
 #: most calls with outliers that are passed over between two that teach; the gaps double up to it
 PATIENCE = 64
-#: Rows of one int8 GEMM call (measured: docs/mix8.md). Without AMX, oneDNN reads the weights a sixth faster
-#: for four rows than for one or two, so those are padded; with more than a few hundred rows it blocks badly
-#: and loses up to a fifth, so those are split.
-LEAST_ROWS = 1 if isa.detect().name == "amx" else 4
-MOST_ROWS = 256
 
 
 def capacity(k: int) -> int:
@@ -92,7 +88,7 @@ class OutlierSlots:
     def _excess(self, x: torch.Tensor, prepared: mixq.Prepared) -> torch.Tensor:
         """Return the sum over rows of ((x / rms)^2 - THRESHOLD^2), where positive, by column [K]."""
         _, scales, side, ratios, _ = prepared
-        rms = 127.0 * scales[: len(x)] / ratios[:, None]
+        rms = 127.0 * scales / ratios[:, None]
         above = ratios > THRESHOLD
         excess = ((x[above].float() / rms[above]).square_() - THRESHOLD**2).clamp_min_(0).sum(0)
         known = ((side.float() / rms).square_() - THRESHOLD**2).clamp_min_(0).nan_to_num_(0, 0, 0).sum(0)
@@ -132,47 +128,22 @@ class OutlierSlots:
 
 
 class MixqKernel:
-    """One packed linear layer: int8 GEMM of vLLM's prepacked CPU op and a thin 16-bit GEMM beside it."""
+    """One packed linear layer: quantised inputs, an int8 GEMM, and the outlier columns in 16 bit."""
 
     def __init__(self, weight: torch.Tensor, outliers: bool) -> None:
         """Quantise and pack `weight`, bf16 or fp16 [N, K], per output channel."""
         self.n, self.k = weight.shape
         self.dtype = weight.dtype
-        codes, scales = quantize_rows(weight)
-        # The packed handle keeps only a pointer to the scales: they must live as long as it does.
-        self.scales = scales[None].contiguous()
-        self.handle = vllm_ops.create_onednn_scaled_mm(codes.t(), self.scales, self.dtype, True, False, 32)
-        self.slots = OutlierSlots(self.k, self._weight_rows)
+        self.gemm = int8_gemm.choose(*quantize_rows(weight), self.dtype)
+        self.slots = OutlierSlots(self.k, self.gemm.columns)
         self.outliers = outliers
-
-    def _gemm(
-        self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        out = torch.empty((codes.shape[0], self.n), dtype=self.dtype)
-        for part in range(0, codes.shape[0], MOST_ROWS):
-            rows = slice(part, part + MOST_ROWS)
-            vllm_ops.onednn_scaled_mm(self.handle, codes[rows], out[rows], scales[rows], None, None, bias)
-        return out
-
-    def _weight_rows(self, columns: torch.Tensor) -> torch.Tensor:
-        """Return W[:, columns] transposed, [S, N], from the packed weight: one-hot activations pick it out.
-
-        This is code * scale rounded once to the model's dtype, the published choice for columns found at
-        run time, and needs no second copy of the weight.
-        """
-        if not len(columns):
-            return torch.empty((0, self.n), dtype=self.dtype)
-        onehot = torch.zeros((len(columns), self.k), dtype=torch.int8)
-        onehot[torch.arange(len(columns)), columns] = 1
-        return self._gemm(onehot, torch.ones(len(columns), 1))
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x @ W^T + bias, [M, N], for x [M, K]; x is left unchanged."""
         slots = self.slots
-        least = LEAST_ROWS if len(x) < 3 else 1
 
         def prepare() -> mixq.Prepared:
-            prepared: mixq.Prepared = mixq.prepare(x, slots.index, slots.keep, least)
+            prepared: mixq.Prepared = mixq.prepare(x, slots.index, slots.keep)
             return prepared
 
         prepared = prepare()
@@ -180,14 +151,7 @@ class MixqKernel:
         if self.outliers and prepared[-1].item() > THRESHOLD and not in_dummy_run() and slots.wants():
             prepared = slots.learn(x, prepared, prepare)
         codes, scales, side, _, _ = prepared
-        out = self._gemm(codes, scales, bias)[: len(x)]
-        if not slots.count:
-            return out
-        # torch's bf16 GEMM wins from about a dozen rows on; its fp16 GEMM never does without AMX-FP16.
-        if self.dtype == torch.bfloat16 and len(out) > 8:
-            return out.addmm_(side, slots.weight)
-        mixq.add_outliers(out, side, slots.weight)
-        return out
+        return self.gemm(codes, scales, side, slots.weight, bias)
 
 
 #: kernels by layer name: torch.compile sees one opaque op with a string, never the state behind it
@@ -237,7 +201,7 @@ class MixqLinearMethod(LinearMethodBase):
         report.live = kernel.slots
         report.weights = kernel.n * kernel.k
         report.bits = 8 + 32 / kernel.k
-        report.kernel = f"onednn int8 + {library.backend_for('mixq_prepare')}"
+        report.kernel = kernel.gemm.name
         REPORTS.finish(report)
 
     def apply(

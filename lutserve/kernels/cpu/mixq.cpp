@@ -91,9 +91,9 @@ constexpr int64_t kGrain = 16384;  // elements a thread must have to be worth wa
 using Prepared = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
-Prepared prepare(const Rows& rows, const Tensor& index, const Tensor& keep, int64_t least, ScalarType dtype) {
-  const int64_t m = rows.count, k = rows.columns, s = index.numel(), padded = std::max(m, least);
-  const Tensor codes = empty({padded, k}, ScalarType::Char), scales = empty({padded, 1}, ScalarType::Float);
+Prepared prepare(const Rows& rows, const Tensor& index, const Tensor& keep, ScalarType dtype) {
+  const int64_t m = rows.count, k = rows.columns, s = index.numel();
+  const Tensor codes = empty({m, k}, ScalarType::Char), scales = empty({m, 1}, ScalarType::Float);
   const Tensor side = empty({m, s}, dtype), ratios = empty({m}, ScalarType::Float);
   const Tensor highest = empty({1}, ScalarType::Float);
   const auto* x = static_cast<const uint16_t*>(rows.tensor.const_data_ptr());
@@ -103,8 +103,6 @@ Prepared prepare(const Rows& rows, const Tensor& index, const Tensor& keep, int6
   auto* scale = static_cast<float*>(scales.mutable_data_ptr());
   auto* outliers = static_cast<uint16_t*>(side.mutable_data_ptr());
   auto* ratio = static_cast<float*>(ratios.mutable_data_ptr());
-  std::fill(q + m * k, q + padded * k, int8_t(0));
-  std::fill(scale + m, scale + padded, 0.0f);
   torch::stable::parallel_for(0, m, std::max<int64_t>(1, kGrain / k), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const Row<T> row{x + r * rows.stride, words, k};
@@ -120,7 +118,7 @@ Prepared prepare(const Rows& rows, const Tensor& index, const Tensor& keep, int6
   return {codes, scales, side, ratios, highest};
 }
 
-Prepared mixq_prepare(const Tensor& x, const Tensor& index, const Tensor& keep, int64_t rows) {
+Prepared mixq_prepare(const Tensor& x, const Tensor& index, const Tensor& keep) {
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "mixq_prepare: x must be float16 or bfloat16");
@@ -131,7 +129,7 @@ Prepared mixq_prepare(const Tensor& x, const Tensor& index, const Tensor& keep, 
                       keep.numel() == (x.size(1) + 31) / 32,
                   "mixq_prepare: keep must be a contiguous int32 [ceil(K / 32)]");
   const auto run = dtype == ScalarType::Half ? prepare<Half> : prepare<BFloat16>;
-  return run(rows_of(x), index, keep, rows, dtype);
+  return run(rows_of(x), index, keep, dtype);
 }
 
 constexpr int64_t kWide = 4 * kLanes;  // columns whose sums stay in registers, times four rows

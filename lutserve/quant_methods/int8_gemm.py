@@ -1,0 +1,112 @@
+"""The int8 GEMM under MixQ's layers: our own where it is the fastest, vLLM's prepacked one elsewhere."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from lutserve.compat import vllm_ops
+from lutserve.kernels import int8, library, mixq
+
+
+class Int8Gemm(Protocol):
+    """One packed int8 weight [N, K] with a scale for each output channel."""
+
+    #: what computes, for the start-up lines
+    name: str
+
+    def __call__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        side: torch.Tensor,
+        outliers: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return codes @ W^T * scales + side @ outliers + bias, [M, N], for arguments as of `int8.linear`."""
+
+    def columns(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return W[:, columns] transposed, [S, N]: code * scale, rounded once to the model's dtype.
+
+        That is the published choice for outlier columns found at run time, and needs no copy of the weight.
+        """
+
+
+class VnniGemm:
+    """`lutserve::int8_linear`: everything in one pass, so short inputs cost one read of the weight."""
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
+        """Pack codes int8 [N, K] with scales float32 [N]."""
+        self.n, self.dtype = len(codes), dtype
+        self.name = f"int8 {library.backend_for('int8_linear')}"
+        self.packed = int8.pack(codes)
+        self.scales = torch.zeros(len(self.packed) * int8.COLUMNS)
+        self.scales[: self.n] = scales
+
+    def __call__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        side: torch.Tensor,
+        outliers: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See Int8Gemm."""
+        out: torch.Tensor = int8.linear(codes, scales, self.packed, self.scales, side, outliers, bias)
+        return out
+
+    def columns(self, columns: torch.Tensor) -> torch.Tensor:
+        """See Int8Gemm."""
+        return (int8.columns_of(self.packed, columns, self.n) * self.scales[: self.n]).to(self.dtype)
+
+
+class OnednnGemm:
+    """vLLM's prepacked oneDNN op, and a thin 16-bit GEMM for the outlier columns: for all other machines."""
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
+        """Pack codes int8 [N, K] with scales float32 [N]."""
+        (self.n, self.k), self.dtype = codes.shape, dtype
+        self.name = f"int8 onednn + {library.backend_for('mixq_add_outliers')}"
+        # The packed handle keeps only a pointer to the scales: they must live as long as it does.
+        self.scales = scales[None].contiguous()
+        self.handle = vllm_ops.create_onednn_scaled_mm(codes.t(), self.scales, dtype, True, False, 32)
+
+    def _multiply(self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out = torch.empty((len(codes), self.n), dtype=self.dtype)
+        vllm_ops.onednn_scaled_mm(self.handle, codes, out, scales, None, None, bias)
+        return out
+
+    def __call__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        side: torch.Tensor,
+        outliers: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See Int8Gemm."""
+        out = self._multiply(codes, scales, bias)
+        if not len(outliers):
+            return out
+        # torch's bf16 GEMM wins from about a dozen rows on; its fp16 GEMM never does without AMX-FP16.
+        if self.dtype == torch.bfloat16 and len(out) > 8:
+            return out.addmm_(side, outliers)
+        mixq.add_outliers(out, side, outliers)
+        return out
+
+    def columns(self, columns: torch.Tensor) -> torch.Tensor:
+        """See Int8Gemm."""
+        if not len(columns):
+            return torch.empty((0, self.n), dtype=self.dtype)
+        # One-hot activations pick the columns out of a weight that only oneDNN can read.
+        onehot = torch.zeros((len(columns), self.k), dtype=torch.int8)
+        onehot[torch.arange(len(columns)), columns] = 1
+        return self._multiply(onehot, torch.ones(len(columns), 1), None)
+
+
+def choose(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Int8Gemm:
+    """Pack a weight for the fastest int8 GEMM of this machine."""
+    # With AMX the tiles of oneDNN win; without VNNI our kernel is not compiled.
+    ours = library.backend_for("int8_linear") == "cpu/avx512_bf16" and codes.shape[1] <= int8.MOST_COLUMNS
+    return (VnniGemm if ours else OnednnGemm)(codes, scales, dtype)
