@@ -168,6 +168,20 @@ def test_outlier_columns_are_found_in_the_call_that_meets_them(dtype: torch.dtyp
     assert relative_error(again, exact) == error
 
 
+def test_a_layer_built_while_the_default_dtype_is_the_models() -> None:
+    """As vLLM builds it: helper tensors must not silently become 16-bit."""
+    weight, x = weight_and_input(torch.bfloat16, {7: 300.0})
+    expected = MixqKernel(weight, outliers=True)(x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        kernel = MixqKernel(weight, outliers=True)
+        out = kernel(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert kernel.slots.excess.dtype == torch.float32
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_outliers_mix8_is_int8_to_the_bit(dtype: torch.dtype) -> None:
     weight, x = weight_and_input(dtype, {})

@@ -12,8 +12,10 @@ import os
 import platform
 import shlex
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ SOURCES = Path(__file__).parent / "cpu"
 _LIMIT = 600  # seconds; a build takes a few, so this only ends a compiler that hangs
 
 # Contraction would fuse a product and a sum into one rounding on some levels and not on others.
-_OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-shared")
+_OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden")
 # The oldest torch with everything used here in its stable ABI: 2.10, whose parallel_for is the newest part.
 _STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
@@ -59,12 +61,20 @@ def build(progress: Callable[[str], None], level: Level | None = None) -> Path:
 
 def _compile(compiler: list[str], level: Level, library: Path, progress: Callable[[str], None]) -> None:
     """Compile into a temporary name and rename, so that no one ever loads half a library."""
-    progress(f"compiling the C++ kernels for {level.name} with {shlex.join(compiler)} (once, about 10 s)")
+    progress(f"compiling the C++ kernels for {level.name} with {shlex.join(compiler)} (once, half a minute)")
     start = time.monotonic()
     partial = library.with_name(f"partial-{os.getpid()}.so")
     lib = Path(torch.__file__).parent / "lib"
-    sources = sorted(map(str, SOURCES.glob("*.cpp")))
-    _run([*compiler, *_flags(level), *sources, "-o", str(partial), f"-L{lib}", "-ltorch_cpu"])
+    limit = os.environ.get("MAX_JOBS", "")
+    jobs = max(1, int(limit)) if limit.isdecimal() else len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        # The largest first: it takes the longest, and the others fit in beside it.
+        sources = sorted(SOURCES.glob("*.cpp"), key=lambda source: source.stat().st_size, reverse=True)
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        flags = _flags(level)
+        commands = [[*compiler, *flags, "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True)]
+        list(pool.map(_run, commands))
+        _run([*compiler, *flags, "-shared", *objects, "-o", str(partial), f"-L{lib}", "-ltorch_cpu"])
     partial.replace(library)
     progress(f"compiled the C++ kernels in {time.monotonic() - start:.0f} s: {library}")
 

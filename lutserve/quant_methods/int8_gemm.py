@@ -41,7 +41,7 @@ class VnniGemm:
         self.n, self.dtype = len(codes), dtype
         self.name = f"int8 {library.backend_for('int8_linear')}"
         self.packed = int8.pack(codes)
-        self.scales = torch.zeros(len(self.packed) * int8.COLUMNS)
+        self.scales = torch.zeros(len(self.packed) * int8.COLUMNS, dtype=torch.float32)
         self.scales[: self.n] = scales
 
     def __call__(
@@ -102,7 +102,7 @@ class OnednnGemm:
         # One-hot activations pick the columns out of a weight that only oneDNN can read.
         onehot = torch.zeros((len(columns), self.k), dtype=torch.int8)
         onehot[torch.arange(len(columns)), columns] = 1
-        return self._multiply(onehot, torch.ones(len(columns), 1), None)
+        return self._multiply(onehot, torch.ones(len(columns), 1, dtype=torch.float32), None)
 
 
 def choose(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Int8Gemm:

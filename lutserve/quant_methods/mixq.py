@@ -59,7 +59,7 @@ class OutlierSlots:
         """Start empty; `weight_rows(columns)` must return the weight of columns [S] as [S, N]."""
         self.capacity = capacity(k)
         self.weight_rows = weight_rows
-        self.excess = torch.zeros(k)
+        self.excess = torch.zeros(k, dtype=torch.float32)
         self.rows = PRIOR_ROWS
         self.misses = self.waiting = self.patience = 0
         self.index, self.weight = torch.empty(0, dtype=torch.int32), torch.empty(0)
