@@ -82,7 +82,7 @@ def test_cpu_flags_are_the_ones_torch_sees():
 
 @pytest.mark.parametrize("name", isa.LEVELS)
 def test_every_level_compiles(name):
-    """Also the levels that this machine cannot run; into the user's own cache, where later tests find them."""
+    """Also those that this machine cannot run; into the user's own cache, where later tests find them."""
     if name != "portable" and os.uname().machine != "x86_64":
         pytest.skip("an x86-64 level")
     library = build.build(lambda message: None, isa.LEVELS[name])
