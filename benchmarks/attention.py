@@ -1,0 +1,174 @@
+"""Attention by itself: ours with a table and with exact exp against vLLM's own, same inputs and shapes.
+
+    python -m lutserve.benchmarks.attention [-o out/attention] [--threads 1] [--seconds 2]
+
+Every triple is timed in alternation and checked against vLLM's result first. Writes one JSON record.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from lutserve import luts, machine
+from lutserve.compat import vllm_ops
+from lutserve.kernels import attention, library
+
+BLOCK = 128
+#: name -> query heads, kv heads, head size
+MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3.2-1B": (32, 8, 64), "Llama-3-8B": (32, 8, 128)}
+#: name -> (queries, keys) of each request
+STEPS: dict[str, Sequence[tuple[int, int]]] = {
+    "decode at 1024": ((1, 1024),),
+    "decode at 4096": ((1, 4096),),
+    "decode 8 x 1024": ((1, 1024),) * 8,
+    "prefill 512": ((512, 512),),
+    "prefill 2048": ((2048, 2048),),
+    "chunk 512 of 4096": ((512, 4096),),
+}
+#: relative (Frobenius) distance from vLLM's result, which itself rounds to the dtype
+TOLERANCE = 2e-2
+
+
+def calls(
+    heads: int, kv_heads: int, size: int, requests: Sequence[tuple[int, int]], dtype: torch.dtype
+) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, Callable[[], object]]]:
+    """Return the attentions to compare, and the two ways to write the cache."""
+    random = torch.Generator().manual_seed(0)
+    counts = [-(-keys // BLOCK) for _, keys in requests]
+    tokens = sum(counts) * BLOCK
+    key, value = (torch.randn(tokens, kv_heads, size, generator=random).to(dtype) for _ in "kv")
+    table = torch.zeros(len(requests), max(counts), dtype=torch.int32)
+    for row, count in enumerate(counts):
+        table[row, :count] = torch.arange(count) + sum(counts[:row])
+    starts = torch.tensor([0, *(queries for queries, _ in requests)]).cumsum(0).int()
+    lengths = torch.tensor([keys for _, keys in requests]).int()
+    query = torch.randn(int(starts[-1]), heads, size, generator=random).to(dtype)
+    scale = size**-0.5
+    slots = torch.arange(tokens)
+
+    ours = torch.zeros(sum(counts), kv_heads, BLOCK, 2 * size, dtype=dtype)
+    theirs = torch.zeros_like(ours).view(-1, kv_heads, 2 * BLOCK, size).chunk(2, dim=2)
+    isa = _get_attn_isa(dtype, BLOCK, size)
+    writes: dict[str, Callable[[], object]] = {
+        "vllm": partial(vllm_ops.cpu_attn_reshape_and_cache, key, value, *theirs, slots, isa),
+        "ours": partial(attention.cache_write, key, value, ours, slots),
+    }
+    for write in writes.values():
+        write()
+    plan = vllm_ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(requests),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=size,
+        seq_lens=lengths,
+        dtype=dtype,
+        query_start_loc=starts,
+        causal=True,
+        sliding_window_size=-1,
+        isa=isa,
+        enable_kv_split=True,
+    )
+    out = torch.empty_like(query)
+
+    def vllm() -> torch.Tensor:
+        window, causal, softcap = -1, True, 0
+        rest = (window, table, softcap, plan, None)
+        vllm_ops.cpu_attention_with_kv_cache(query, *theirs, out, starts, lengths, scale, causal, None, *rest)
+        return out
+
+    def lut(exp_table: torch.Tensor | None) -> torch.Tensor:
+        attention.lut_attention(query, ours, table, starts, lengths, out, scale, 0, exp_table, None, False)
+        return out
+
+    nli = luts.lut_table("softmax_exp", "nli-4", torch.float16)
+    return {"vllm": vllm, "nli-4": partial(lut, nli), "exact": partial(lut, None)}, writes
+
+
+def check(attentions: dict[str, Callable[[], torch.Tensor]]) -> None:
+    """RuntimeError where a result is far from vLLM's."""
+    want = attentions["vllm"]().float()
+    for name, call in attentions.items():
+        error = ((call().float() - want).norm() / want.norm()).item()
+        if not error <= TOLERANCE:
+            raise RuntimeError(f"{name} is off by {error:.2e}, allowed are {TOLERANCE:.0e}")
+
+
+def clock(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Return microseconds (p20, median, p80) of each call, interleaved for so many seconds."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["vllm"]) < 5:
+        for name, call in functions.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1e6 * (time.perf_counter() - start))
+    fifths = {name: statistics.quantiles(values, n=5) for name, values in times.items()}
+    return {
+        name: [round(q, 1) for q in (low[0], statistics.median(times[name]), low[3])]
+        for name, low in fifths.items()
+    }
+
+
+def cases(seconds: float) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Yield the name and the timings of each comparison."""
+    for dtype in (torch.bfloat16, torch.float16):
+        kind = str(dtype).removeprefix("torch.")
+        for model, shape in MODELS.items():
+            for step, requests in STEPS.items():
+                attentions, writes = calls(*shape, requests, dtype)
+                check(attentions)
+                yield f"{model} {kind}, {step}", clock(attentions, seconds)
+            yield f"{model} {kind}, write 4096 tokens", clock(writes, seconds)
+
+
+def main(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the record.")] = Path(
+        "out/attention"
+    ),
+    threads: Annotated[int, typer.Option(help="Threads to use.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Seconds for each comparison.")] = 2.0,
+) -> None:
+    """Time everything, write the record, print the table."""
+    torch.set_num_threads(threads)
+    record = machine.collect() | {
+        "command": ["python", "-m", "lutserve.benchmarks.attention", *sys.argv[1:]],
+        "threads": threads,
+        "kernels": library.load(),
+    }
+    results: list[dict[str, Any]] = []
+    table = Table(
+        "case", "microseconds: median (p20 - p80), in brackets the speed relative to vLLM", box=None
+    )
+    for name, timings in cases(seconds):
+        results.append({"case": name, "microseconds_p20_median_p80": timings})
+        vllm = timings["vllm"][1]
+        cells = (
+            f"{who} {median:g} ({low:g} - {high:g}) [{vllm / median:.2f}x]"
+            for who, (low, median, high) in timings.items()
+        )
+        table.add_row(name, ", ".join(cells).replace("[", r"\["))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"attention_{datetime.now():%Y-%m-%dT%H-%M-%S}.json"
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
+    partial_path.rename(path)
+    print(f"written to {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    typer.run(main)

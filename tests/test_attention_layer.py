@@ -1,0 +1,121 @@
+"""Which attention classes vLLM gets for which recipe, and what our class refuses."""
+
+import pytest
+import torch
+from tiny import tiny_llama
+
+from lutserve.errors import UserError
+from lutserve.recipe import Recipe
+
+pytest.importorskip("vllm")
+
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from lutserve import luts, plugin
+from lutserve.layers import attention
+from lutserve.layers.sites import REPORTS
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def building(model, monkeypatch):
+    """A context in which vLLM builds a model with the given recipe."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+
+    def make(recipe: Recipe | None, **options):
+        extra = {} if recipe is None else {"lutserve": recipe.to_config()}
+        config = EngineArgs(model=str(model), dtype="bfloat16", additional_config=extra, **options)
+        return set_current_vllm_config(config.create_engine_config())
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ours"),
+    [
+        (None, False),
+        (Recipe(), False),
+        (Recipe(luts={"silu": "nli-4", "rsqrt": "nli-4"}), False),
+        (Recipe(luts={"softmax_exp": "exact"}), False),
+        (Recipe(luts={"softmax_exp": "nli-4"}), True),
+        (Recipe(luts={"layers.1.softmax_recip": "nli-4"}), True),
+        (Recipe(softmax_sum="float16"), True),
+    ],
+)
+def test_classes_follow_the_recipe(building, recipe, ours):
+    plugin.register()
+    plugin.register()
+    backend = AttentionBackendEnum.CPU_ATTN.get_class()
+    assert backend is attention.LutAttentionBackend
+    assert AttentionBackendEnum[backend.get_name()] is AttentionBackendEnum.CPU_ATTN
+    with building(recipe):
+        assert (backend.get_impl_cls() is attention.LutAttentionImpl) == ours
+        assert (backend.get_builder_cls() is attention.LutMetadataBuilder) == ours
+        if not ours:
+            assert backend.get_impl_cls() is cpu_attn.CPUAttentionBackendImpl
+            assert backend.get_builder_cls() is cpu_attn.CPUAttentionMetadataBuilder
+    assert backend.get_impl_cls() is cpu_attn.CPUAttentionBackendImpl, "outside of any model"
+
+
+GOOD = {
+    "num_heads": 4,
+    "head_size": 64,
+    "scale": 0.125,
+    "num_kv_heads": 2,
+    "alibi_slopes": None,
+    "sliding_window": None,
+    "kv_cache_dtype": "auto",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"sliding_window": 128}, None),
+        ({"head_size": 80}, None),
+        ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
+        ({"logits_soft_cap": 30.0}, "capped scores"),
+        ({"sinks": torch.zeros(4)}, "attention sinks"),
+        ({"attn_type": "encoder_only"}, "encoder_only attention"),
+        ({"head_size": 40}, "head size 40"),
+        ({"head_size": 512}, "head size 512"),
+        ({"kv_cache_dtype": "fp8"}, "fp8 KV cache"),
+    ],
+)
+def test_what_is_not_computed_is_refused_in_one_line(building, changes, message):
+    with building(Recipe(luts={"softmax_exp": "nli-4"})):
+        if message is None:
+            attention.LutAttentionImpl(**GOOD | changes)
+            return
+        with pytest.raises(UserError, match=message) as refused:
+            attention.LutAttentionImpl(**GOOD | changes)
+    assert "\n" not in str(refused.value) and "--lut-sites" in str(refused.value)
+
+
+def test_float32_is_refused(building):
+    with building(Recipe(luts={"softmax_exp": "nli-4"})) as _:
+        config = attention.get_current_vllm_config()
+        config.model_config.dtype = torch.float32
+        with pytest.raises(UserError, match=r"dtype torch\.float32"):
+            attention.LutAttentionImpl(**GOOD)
+
+
+def test_tables_by_layer():
+    recipe = Recipe(luts={"layers.3.softmax_exp": "nli-4", "re:.*[02].softmax_recip": "nli-2"})
+    found = {
+        layer: attention.load_tables(recipe, f"model.layers.{layer}.self_attn.attn") for layer in (0, 1, 3)
+    }
+    exp = luts.lut_table("softmax_exp", "nli-4", torch.float16)
+    recip = luts.lut_table("reciprocal", "nli-2", torch.float16)
+    assert found == {0: (None, recip), 1: (None, None), 3: (exp, None)}
+    report = REPORTS["model.layers.3.self_attn.attn", "softmax_exp"]
+    assert (report.spec, report.function) == ("nli-4", "softmax_exp")
+    assert ("model.layers.1.self_attn.attn", "softmax_exp") not in REPORTS
