@@ -1,4 +1,4 @@
-"""Operators by themselves: ours against what vLLM and torch have, and the shapes of calls that oneDNN likes.
+"""Operators by themselves: ours against what vLLM and torch have.
 
     python -m lutserve.benchmarks.kernels [-o out/kernels] [--threads 1]
 
@@ -25,6 +25,7 @@ from rich.table import Table
 from lutserve import luts, machine
 from lutserve.compat import vllm_ops
 from lutserve.kernels import activation, library, mixq
+from lutserve.quant_methods.int8_gemm import Int8Gemm, OnednnGemm, VnniGemm
 
 Call = Callable[[], torch.Tensor]
 REPEATS = 15
@@ -103,28 +104,29 @@ def _loop(out: torch.Tensor, side: torch.Tensor, weight: torch.Tensor) -> torch.
 
 
 def _gemms() -> Iterator[tuple[str, dict[str, list[float]]]]:
-    """The int8 GEMM of oneDNN by number of rows. Few rows meet 16 weights in turn, so that none is cached."""
-    k, n = 2048, 16384
-    scales = torch.full((1, n), 1e-3)
+    """int8 GEMMs: oneDNN's as vLLM calls it, and ours. Weights are met in turn, so none is cached."""
+    n, k = 16384, 2048
+    weight_scales = torch.full((n,), 1e-3)
     codes = [torch.randint(-127, 128, (n, k), dtype=torch.int8) for _ in range(16)]
-    handles = [
-        vllm_ops.create_onednn_scaled_mm(q.t(), scales, torch.bfloat16, True, False, 32) for q in codes
-    ]
-    x = torch.randint(-127, 128, (1024, k), dtype=torch.int8)
-    ones = torch.ones(1024, 1)
-    out = torch.empty(1024, n, dtype=torch.bfloat16)
+    gemms: dict[str, list[Int8Gemm]] = {
+        "onednn": [OnednnGemm(q, weight_scales, torch.bfloat16) for q in codes],
+        "int8_linear": [VnniGemm(q, weight_scales, torch.bfloat16) for q in codes],
+    }
+    for m in (1, 4, 8, 16, 64, 256, 1024):
+        x, scales = torch.randint(-127, 128, (m, k), dtype=torch.int8), torch.rand(m, 1)
+        none = torch.empty(m, 0, dtype=torch.bfloat16), torch.empty(0, n, dtype=torch.bfloat16)
+        count = 16 if m < 256 else 2
+        pair = {
+            name: partial(_multiply, some[:count], x, scales, *none, None) for name, some in gemms.items()
+        }
+        yield f"{count} int8 GEMMs [{m}, {k}] x [{k}, {n}]", compare(pair, 1e-2)
 
-    def multiply(rows: int, step: int, cold: bool) -> torch.Tensor:
-        for handle in handles if cold else handles[:1]:
-            for part in range(0, rows, step):
-                cut = slice(part, part + step)
-                vllm_ops.onednn_scaled_mm(handle, x[cut], out[cut], ones[cut], None, None, None)
-        return out[:1]
 
-    some = {f"{m} rows": partial(multiply, m, m, True) for m in (1, 2, 3, 4, 6, 8)}
-    yield f"int8 GEMM [few, {k}] x 16 cold [{k}, {n}]", compare(some, 0.0)
-    many = {f"by {step}": partial(multiply, 1024, step, False) for step in (1024, 512, 256, 128)}
-    yield f"int8 GEMM [1024, {k}] x [{k}, {n}]", compare(many, 0.0)
+def _multiply(gemms: list[Int8Gemm], *arguments: Any) -> torch.Tensor:
+    out = torch.empty(0)
+    for gemm in gemms:
+        out = gemm(*arguments)
+    return out
 
 
 def main(
