@@ -22,6 +22,12 @@ def decode(bits: U16, fmt: Format) -> F32:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def decode64(bits: U16, fmt: Format) -> npt.NDArray[np.float64]:
+    """Values of uint16 bit patterns of `fmt`, as float64 (exact), same shape."""
+    with np.errstate(invalid="ignore"):  # signalling NaNs become quiet
+        return decode(bits, fmt).astype(np.float64)
+
+
 def encode(values: npt.NDArray[np.floating[Any]], fmt: Format) -> U16:
     """Bit patterns of `values` (fp16, fp32 or float64) rounded once, to nearest even, to `fmt`.
 
