@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from lutserve import __version__, env
+from lutserve import __version__, cli_formats, cli_lut, cli_profile, cli_quantize, env
 from lutserve.errors import UserError
-from lutserve.methods import METHODS
+from lutserve.methods import FORMATS, METHODS
 from lutserve.torchvision_guard import hide_broken_torchvision
 
 # At import, not in main(): the processes that vLLM spawns import this module again and nothing else of
@@ -29,9 +29,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(cli_profile.app, name="profile")
+app.add_typer(cli_lut.app, name="lut")
+app.command(name="formats")(cli_formats.show)
+app.command(name="quantize")(cli_quantize.quantize)
+
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-_METHOD_HELP = "Linear layers. " + "; ".join(f"{m.name}: {m.summary}" for m in METHODS.values()) + "."
+_METHOD_HELP = (
+    "; ".join(["Linear layers", *(f"{m.name}: {m.summary}" for m in METHODS.values()), FORMATS]) + "."
+)
 
 ModelOption = Annotated[
     str | None,
@@ -39,12 +46,31 @@ ModelOption = Annotated[
 ]
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="Recipe file (JSON).")]
 MethodOption = Annotated[str | None, typer.Option("--method", help=_METHOD_HELP)]
+GroupOption = Annotated[
+    str | None,
+    typer.Option("--group-size", help="Input columns that share a scale, -1: all. Default: 128."),
+]
 LutOption = Annotated[
     str | None,
-    typer.Option("--lut", help="Table of the nonlinear sites: exact, nli-2, nli-4, nli-16, nli-32."),
+    typer.Option(
+        "--lut",
+        help="Table of the nonlinear sites: exact, nli-<2|4|16|32>, nnlut:<16|32|256>, nli:FILE, nnlut:FILE; "
+        "+clamp after an nnlut. See `lutserve lut`.",
+    ),
 ]
 SitesOption = Annotated[
-    str | None, typer.Option("--lut-sites", help="Sites that use --lut, comma separated. Default: silu,gelu.")
+    str | None,
+    typer.Option(
+        "--lut-sites",
+        help="Sites that use --lut, comma separated: silu, gelu, softmax_exp (the default: these three), "
+        "softmax_recip, rsqrt.",
+    ),
+]
+SumOption = Annotated[
+    str | None, typer.Option("--softmax-sum", help="Precision of a softmax's sum: float32 or float16.")
+]
+CountOption = Annotated[
+    bool, typer.Option("--lut-count-saturations", help="Count inputs outside their table's range.")
 ]
 KvOption = Annotated[str | None, typer.Option("--kv", help="KV cache: exact.")]
 
@@ -70,8 +96,11 @@ def serve(
     model: ModelOption = None,
     recipe: RecipeOption = None,
     method: MethodOption = None,
+    group_size: GroupOption = None,
     lut: LutOption = None,
     lut_sites: SitesOption = None,
+    softmax_sum: SumOption = None,
+    lut_count_saturations: CountOption = False,
     kv: KvOption = None,
 ) -> None:
     """Start the OpenAI-compatible server. Every other flag goes to vLLM (`vllm serve --help`)."""
@@ -85,7 +114,10 @@ def serve(
             raise UserError(f"two models: {flags[0]!r} and --model {model!r}; give one")
         model = flags.pop(0)
     chosen = load(recipe) if recipe else None
-    run(model or models.DEFAULT, flags, chosen, method=method, lut=lut, lut_sites=lut_sites, kv=kv)
+    overrides = {"method": method, "group_size": group_size, "lut": lut, "lut_sites": lut_sites, "kv": kv}
+    overrides["softmax_sum"] = softmax_sum
+    overrides["count_saturations"] = "true" if lut_count_saturations else None
+    run(model or models.DEFAULT, flags, chosen, **overrides)
 
 
 @app.command(name="eval", context_settings=PASS_THROUGH)
@@ -142,6 +174,13 @@ def bench(
     ] = None,
     workloads: Annotated[str | None, typer.Option(help="Kinds of traffic, comma separated.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times every server meets every workload.")] = 3,
+    restart: Annotated[
+        bool | None,
+        typer.Option(
+            help="Start the servers anew in every round, which evens out where their memory happens to lie. "
+            "Default: only if they do not fit into memory together."
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
         "out/bench"
     ),
@@ -158,6 +197,7 @@ def bench(
         workloads=workloads.split(",") if workloads else None,
         rounds=rounds,
         server_args=context.args,
+        together=None if restart is None else not restart,
     )
     report.show(Console())
     print(f"written to {report.path}", file=sys.stderr)

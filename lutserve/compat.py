@@ -7,40 +7,86 @@ Measured with vLLM 0.32.0.
 from __future__ import annotations
 
 from vllm import _custom_ops as vllm_ops
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
-from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+from vllm.model_executor.layers.activation import (
+    GELU,
+    FastGELU,
+    GeluAndMul,
+    GELUTanh,
+    NewGELU,
+    QuickGELU,
+    SiluAndMul,
+)
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import (
     QUANTIZATION_METHODS,
     register_quantization_config,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    PackedvLLMParameter,
+)
+from vllm.v1.attention.backend import AttentionMetadataBuilder, AttentionType
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from lutserve.recipe import Recipe, parse
 
 __all__ = [
+    "GELU",
     "QUANTIZATION_METHODS",
+    "AttentionBackendEnum",
+    "AttentionMetadataBuilder",
+    "AttentionType",
+    "BasevLLMParameter",
+    "CPUAttentionBackend",
+    "CPUAttentionBackendImpl",
+    "CPUAttentionMetadataBuilder",
     "CustomOp",
+    "FastGELU",
+    "GELUTanh",
     "GeluAndMul",
+    "GemmaRMSNorm",
+    "GroupQuantScaleParameter",
+    "LayerNorm",
     "LinearBase",
     "LinearMethodBase",
+    "MoEActivation",
     "ModelWeightParameter",
+    "NewGELU",
+    "PackedvLLMParameter",
     "QuantizationConfig",
     "QuantizeMethodBase",
+    "QuickGELU",
+    "RMSNorm",
+    "RoutedExperts",
     "SiluAndMul",
     "StatLoggerBase",
+    "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
     "current_recipe",
     "get_current_vllm_config",
     "in_dummy_run",
     "init_logger",
+    "is_building",
     "op_registry_oot",
     "recipe_of",
+    "register_backend",
     "register_quantization_config",
     "vllm_ops",
 ]
@@ -61,6 +107,11 @@ def recipe_of(vllm_config: object) -> Recipe | None:
 def current_recipe() -> Recipe | None:
     """`recipe_of` the model that is being built right now."""
     return recipe_of(get_current_vllm_config())
+
+
+def is_building() -> bool:
+    """Whether vLLM has a configuration in force: it is building or loading a model in this process."""
+    return get_current_vllm_config_or_none() is not None
 
 
 def in_dummy_run() -> bool:

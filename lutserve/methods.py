@@ -1,7 +1,8 @@
 """The registry of linear methods, as data: what `--method NAME` may say.
 
-A method family is one file in `quant_methods/` and its names are one line each here. Nothing in this
-module imports torch or vLLM, so recipes can be read and checked anywhere.
+A method family is one file in `quant_methods/`. Its names are one line each here; the codebook family has
+the names of `lutserve.formats`. Nothing in this module imports torch or vLLM, so recipes can be read and
+checked anywhere.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ class Method:
     #: module of `lutserve.quant_methods` that implements it; empty for the model's own 16-bit GEMM
     family: str
     summary: str
+    #: name of the weights' codebook, for the family that has one
+    format: str = ""
+    #: bits of the activations
+    activations: int = 16
 
 
 METHODS: dict[str, Method] = {
@@ -31,11 +36,29 @@ METHODS: dict[str, Method] = {
     )
 }
 
+#: what `--help` and errors say of the names that are not in METHODS
+FORMATS = (
+    "every 4-bit format of `lutserve formats` (nf4, sf4_5, fp4_basic, int4, ...), +a8 for int8 activations"
+)
+
 
 def get(name: str) -> Method:
     """Return the method called `name`; UserError with the allowed names otherwise."""
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown method {name!r}; {hint}allowed: {', '.join(METHODS)}")
+    from lutserve import formats
+
+    base, plus, option = name.partition("+")
+    if plus and option != "a8":
+        raise UserError(f"unknown method {name!r}: after + only a8 (int8 activations) is allowed")
+    try:
+        codebook = formats.get(base)
+    except UserError:
+        near = difflib.get_close_matches(base, [*METHODS, *formats.NAMES], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown method {name!r}; {hint}allowed: {', '.join(METHODS)}, {FORMATS}") from None
+    if len(codebook.values) > formats.TABLE:
+        raise UserError(
+            f"{base} has {codebook.bits} bits; a codebook method has at most 4 (int8 is one of its own)"
+        )
+    return Method(name, "codebook", codebook.source, base, 8 if plus else 16)

@@ -18,8 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lutserve import luts, methods
 from lutserve.errors import UserError
 
-Site = Literal["silu", "gelu"]
+Site = Literal["silu", "gelu", "softmax_exp", "softmax_recip", "rsqrt"]
 SITES: tuple[str, ...] = get_args(Site)
+#: site -> function whose table it reads; gelu reads gelu_tanh or swish where the model has that form
+FUNCTIONS: dict[str, str] = {site: site for site in SITES} | {"softmax_recip": "reciprocal"}
+#: sites that `--lut` means when `--lut-sites` does not say: those of the published models
+DEFAULT_SITES = ("silu", "gelu", "softmax_exp")
 
 
 class Group(BaseModel):
@@ -30,6 +34,10 @@ class Group(BaseModel):
     #: "Linear" (all), a module name or its last parts ("down_proj"), or "re:" and a regular expression
     targets: tuple[str, ...] = ("Linear",)
     method: str
+    #: input columns that share a scale, -1 for all; codebook methods only
+    group_size: int = 128
+    #: whether the checkpoint holds the weights quantised, as `lutserve quantize` writes them
+    stored: bool = False
 
     @field_validator("method")
     @classmethod
@@ -37,16 +45,22 @@ class Group(BaseModel):
         methods.get(value)
         return value
 
+    @field_validator("group_size")
+    @classmethod
+    def _valid_group_size(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise ValueError("a group has 1 or more columns, or -1 for all of them")
+        return value
+
     @field_validator("targets")
     @classmethod
     def _valid_targets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for target in value:
-            if target.startswith("re:"):
-                try:
-                    re.compile(target[3:])
-                except re.error as error:
-                    raise ValueError(f"target {target!r} is no regular expression: {error}") from None
+            _check_pattern(target)
         return value
+
+
+_EXACT = Group(method="none")
 
 
 class Recipe(BaseModel):
@@ -58,19 +72,33 @@ class Recipe(BaseModel):
     version: Literal[1] = 1
     config_groups: dict[str, Group] = Field(default_factory=dict)
     ignore: tuple[str, ...] = ("lm_head",)
-    #: nonlinear site -> table ("exact", "nli-4", ...); a site that is not named is exact
-    luts: dict[Site, str] = Field(default_factory=dict)
+    #: Nonlinear site -> table ("exact", "nli-4", ...). A site is named as a layer is: "silu" (everywhere),
+    #: "layers.3.silu", "q_norm.rsqrt", or "re:" and a regular expression. The first match wins; without
+    #: one it is exact.
+    luts: dict[str, str] = Field(default_factory=dict)
+    #: precision of the softmax's sum; float16 rounds the finished sum once, as the published method does
+    softmax_sum: Literal["float32", "float16"] = "float32"
+    #: count inputs outside their table's range, for `lutserve:lut_saturations_total`
+    count_saturations: bool = False
     kv_cache_scheme: Literal["exact"] = "exact"
 
     @field_validator("luts")
     @classmethod
-    def _known_tables(cls, value: dict[Site, str]) -> dict[Site, str]:
-        for spec in value.values():
-            luts.validate(spec)
+    def _known_tables(cls, value: dict[str, str]) -> dict[str, str]:
+        for target, spec in value.items():
+            if not target.startswith("re:") and target.rpartition(".")[2] not in SITES:
+                raise ValueError(
+                    f"{target!r} names no site; allowed: {', '.join(SITES)}, with layers before it"
+                )
+            _check_pattern(target)
+            if target.startswith("re:"):
+                luts.validate(spec)
+            else:
+                luts.check(FUNCTIONS[target.rpartition(".")[2]], spec)
         return value
 
-    def method_for(self, prefix: str, shards: Iterable[str] = ()) -> methods.Method:
-        """Return the method of the linear layer `prefix`.
+    def group_for(self, prefix: str, shards: Iterable[str] = ()) -> Group:
+        """Return the choice for the linear layer `prefix`.
 
         Args:
             prefix: vLLM's name of the (fused) layer, e.g. ``model.layers.0.self_attn.qkv_proj``.
@@ -84,26 +112,43 @@ class Recipe(BaseModel):
         """
         names = [prefix, *shards]
         if any(_matches(target, name) for target in self.ignore for name in names):
-            return methods.METHODS["none"]
-        whole = self._group_for(prefix)
-        found = {whole} if whole else {self._group_for(name) for name in shards or [prefix]}
+            return _EXACT
+        whole = self._key_for(prefix)
+        found = {whole} if whole else {self._key_for(name) for name in shards or [prefix]}
         if len(found) > 1:
             raise UserError(
                 f"{prefix} is one fused layer but its parts are given different groups "
                 f"({', '.join(str(name) for name in found)}); target {prefix.rsplit('.', 1)[-1]} instead"
             )
-        group = found.pop()
-        return methods.METHODS["none"] if group is None else methods.get(self.config_groups[group].method)
+        key = found.pop()
+        return _EXACT if key is None else self.config_groups[key]
 
-    def _group_for(self, name: str) -> str | None:
+    def _key_for(self, name: str) -> str | None:
         for key, group in self.config_groups.items():
             if any(target == "Linear" or _matches(target, name) for target in group.targets):
                 return key
         return None
 
-    def lut_for(self, site: Site) -> str:
-        """Return the table of a nonlinear site, "exact" when none is chosen."""
-        return self.luts.get(site, "exact")
+    def lut_for(self, site: Site, layer: str = "", module: str = "") -> str:
+        """Return the table of a nonlinear site, "exact" where none is chosen.
+
+        Args:
+            site: what is computed.
+            layer: the decoder layer, e.g. ``model.layers.0``; none for a site outside of all layers.
+            module: the module itself, e.g. ``model.layers.0.self_attn.q_norm``.
+
+        Targets may name the site in its layer (``layers.0.rsqrt``) or in its module (``q_norm.rsqrt``).
+        """
+        names = [f"{stem}.{site}" for stem in (layer, module) if stem] or [site]
+        matching = (s for target, s in self.luts.items() if any(_matches(target, name) for name in names))
+        return next(matching, "exact")
+
+    def may_use(self, site: Site) -> bool:
+        """Whether any target could give the site a table other than "exact" in some layer."""
+        return any(
+            spec != "exact" and (target.startswith("re:") or target.rpartition(".")[2] == site)
+            for target, spec in self.luts.items()
+        )
 
     @property
     def quantizes(self) -> bool:
@@ -156,36 +201,58 @@ def from_model(config: Mapping[str, Any], origin: str = "config.json") -> Recipe
 def from_flags(
     base: Recipe | None = None,
     method: str | None = None,
+    group_size: str | None = None,
     lut: str | None = None,
     lut_sites: str | None = None,
     kv: str | None = None,
+    softmax_sum: str | None = None,
+    count_saturations: str | None = None,
 ) -> Recipe:
     """Return `base` (default: everything exact) with the given flags applied.
 
     Args:
         base: recipe to start from.
         method: name for all linear layers inside the decoder blocks.
+        group_size: input columns that share a scale, for a codebook method.
         lut: table for the sites of `lut_sites`.
-        lut_sites: comma-separated site names; default all of them.
+        lut_sites: comma-separated site names; default those of DEFAULT_SITES.
         kv: KV cache scheme.
+        softmax_sum: precision of the softmax's sum, float32 or float16.
+        count_saturations: "true" to count inputs outside their table's range.
 
     """
     config = (base or Recipe()).to_config()
     if method is not None:
         methods.get(method)
         config["config_groups"] = {} if method == "none" else {"default": {"method": method}}
+    if group_size is not None:
+        if method in (None, "none"):
+            raise UserError(f"--group-size {group_size} needs --method to say which format has groups")
+        config["config_groups"]["default"]["group_size"] = group_size
     if lut_sites is not None and lut is None:
         raise UserError(f"--lut-sites {lut_sites} needs --lut to say which table those sites use")
     if lut is not None:
-        sites = [site.strip() for site in (lut_sites or ",".join(SITES)).split(",")]
+        sites = [site.strip() for site in (lut_sites or ",".join(DEFAULT_SITES)).split(",")]
         for site in sites:
             if site not in SITES:
                 raise UserError(f"unknown site {site!r} in --lut-sites; allowed: {', '.join(SITES)}")
         luts.validate(lut)
-        config["luts"] = {**config["luts"], **dict.fromkeys(sites, lut)}
-    if kv is not None:
-        config["kv_cache_scheme"] = kv
+        # In front, because the first match wins.
+        config["luts"] = dict.fromkeys(sites, lut) | {
+            t: s for t, s in config["luts"].items() if t not in sites
+        }
+    given = {"kv_cache_scheme": kv, "softmax_sum": softmax_sum, "count_saturations": count_saturations}
+    config |= {key: value for key, value in given.items() if value is not None}
     return parse(config, "flags")
+
+
+def _check_pattern(target: str) -> None:
+    """ValueError where a target that should be a regular expression is none."""
+    if target.startswith("re:"):
+        try:
+            re.compile(target[3:])
+        except re.error as error:
+            raise ValueError(f"target {target!r} is no regular expression: {error}") from None
 
 
 def _matches(target: str, name: str) -> bool:

@@ -15,7 +15,7 @@ from lutserve.server.metrics import COLLECTOR
 
 
 class LutserveEndpoints:
-    """Serves /lutserve/recipe and /lutserve/layers, and keeps our gauges on /metrics fresh."""
+    """Serves /lutserve/recipe, /lutserve/layers and /lutserve/sites, and keeps our gauges fresh."""
 
     name = "lutserve_http"
     required_tasks = None
@@ -35,6 +35,13 @@ class LutserveEndpoints:
             """Method, kernel, bits and outlier columns of every linear layer, as they are now."""
             await COLLECTOR.refresh(request.app.state.engine_client)
             reports: list[dict[str, Any]] = COLLECTOR.layers
+            return reports
+
+        @router.get("/sites")
+        async def sites(request: Request) -> list[dict[str, Any]]:
+            """Module, function and table of every nonlinear site that is not exact."""
+            await COLLECTOR.refresh(request.app.state.engine_client)
+            reports: list[dict[str, Any]] = COLLECTOR.sites
             return reports
 
         app.include_router(router)

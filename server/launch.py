@@ -136,7 +136,7 @@ def check_model(config: Mapping[str, Any], served: Recipe, flags: Sequence[str])
         for name, members in FUSED.items():
             stem = f"model.layers.{layer}.{name.rpartition('.')[0]}"
             # Raises where the parts of one fused layer are given different methods.
-            served.method_for(f"model.layers.{layer}.{name}", [f"{stem}.{member}" for member in members])
+            served.group_for(f"model.layers.{layer}.{name}", [f"{stem}.{member}" for member in members])
 
 
 def run(argv: list[str]) -> None:

@@ -28,16 +28,18 @@ class LutserveCollector:
     def __init__(self) -> None:
         self.recipe: Recipe | None = None
         self.layers: list[dict[str, Any]] = []
-        self.tables: dict[str, str] = {}
+        self.sites: list[dict[str, Any]] = []
+        self.saturations: dict[str, int] = {}
 
     async def refresh(self, engine_client: Any) -> None:
         """Take a new snapshot from the first worker; keep the old one if the engine is busy or gone."""
         try:
-            both = [engine_client.collective_rpc(f"lutserve_{part}") for part in ("layers", "tables")]
-            layers, tables = await asyncio.wait_for(asyncio.gather(*both), REFRESH_TIMEOUT)
+            parts = ("layers", "sites", "saturations")
+            calls = [engine_client.collective_rpc(f"lutserve_{part}") for part in parts]
+            answers = await asyncio.wait_for(asyncio.gather(*calls), REFRESH_TIMEOUT)
         except TimeoutError:
             return
-        self.layers, self.tables = layers[0], tables[0]
+        self.layers, self.sites, self.saturations = (answer[0] for answer in answers)
 
     def collect(self) -> Iterable[Metric]:
         """Yield the metric families; none where no recipe is served."""
@@ -52,9 +54,18 @@ class LutserveCollector:
         for name, group in self.recipe.config_groups.items():
             info.add_metric([f"linear:{name}", group.method, ""], 1)
         for site in get_args(Site):
-            info.add_metric([site, self.recipe.lut_for(site), self.tables.get(site, "")], 1)
+            used = dict.fromkeys((s["spec"], s["table"]) for s in self.sites if s["site"] == site)
+            for choice, table in used or [(self.recipe.lut_for(site), "")]:
+                info.add_metric([site, choice, table], 1)
         info.add_metric(["kv_cache", self.recipe.kv_cache_scheme, ""], 1)
         yield info
+        if self.recipe.count_saturations:
+            counter = CounterMetricFamily(
+                "lutserve:lut_saturations", "inputs outside the range of their table", labels=["site"]
+            )
+            for site, count in self.saturations.items():
+                counter.add_metric([site], count)
+            yield counter
         if self.layers:
             yield from self._layer_metrics()
 

@@ -26,8 +26,16 @@ class LutserveWorker:
             for report in REPORTS.layers.values()
         ]
 
-    def lutserve_tables(self) -> dict[str, str]:
-        """Return site -> id of the look-up table that the layers of this worker use."""
-        from lutserve.layers.activation import TABLES
+    def lutserve_sites(self) -> list[dict[str, Any]]:
+        """Return a report for every nonlinear site with a table: site, module, function, spec, table."""
+        from dataclasses import asdict
 
-        return dict(TABLES)
+        from lutserve.layers.sites import REPORTS
+
+        return [asdict(report) for report in REPORTS.values()]
+
+    def lutserve_saturations(self) -> dict[str, int]:
+        """Return site -> inputs outside their table's range so far; empty where they are not counted."""
+        from lutserve.layers.saturation import totals
+
+        return totals()

@@ -126,6 +126,52 @@ def test_every_tail(act_and_mul, dtype):
         assert np.array_equal(canonical(act_and_mul(x, table)), oracle(x, table)), d
 
 
+@pytest.fixture(params=["kernel", "reference"])
+def unary(request):
+    """`lut_unary` as it is served, and its reference."""
+    if request.param == "reference":
+        return activation._unary_reference
+    library.load()
+    return activation.unary
+
+
+def patterns_of(y):
+    """Bit patterns of a tensor; a gather keeps even the payloads of NaNs."""
+    return y.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+@each_dtype
+def test_unary_is_a_gather(unary, dtype):
+    """Every pattern, odd lengths, strides and empty tensors: the table's own bits come out."""
+    table, wide = random_table(dtype), random_bits((6, 5, 160), dtype)
+    entries = patterns_of(table)
+    every = torch.from_numpy(bits.PATTERNS.view(np.int16)).view(dtype)
+    views = [
+        every,
+        every.view(256, 256).T,
+        wide,
+        wide[:, 1:4, :100],
+        wide[:, :, ::2],
+        wide[0, :1].expand(4, 160),
+    ]
+    views += [wide[0, 0, 0], wide[:0], *(wide[0, 0, :n] for n in (1, 15, 16, 17, 33))]
+    for x in (*views, random_bits((64, 4098), dtype)):
+        y = unary(x, table)
+        assert y.shape == x.shape and y.dtype == dtype and y.is_contiguous()
+        assert np.array_equal(patterns_of(y), entries[patterns_of(x)])
+
+
+def test_unary_refuses(unary):
+    for x, table, message in (
+        (torch.zeros(4), torch.zeros(65536), "float16 or bfloat16"),
+        (torch.zeros(4).half(), torch.zeros(65536).bfloat16(), "x's dtype"),
+        (torch.zeros(4).half(), torch.zeros(256).half(), "65536"),
+        (torch.zeros(4).half(), torch.zeros(131072).half()[::2], "contiguous"),
+    ):
+        with pytest.raises(RuntimeError, match=f"lut_unary.*{message}"):
+            unary(x, table)
+
+
 @each_dtype
 def test_strides(act_and_mul, dtype):
     table, wide = random_table(dtype), random_bits((6, 5, 160), dtype)
@@ -203,6 +249,7 @@ def test_opcheck(dtype):
     table = luts.lut_table("silu", "nli-4", dtype)
     for x in (torch.randn(3, 8), torch.randn(2, 3, 34), torch.randn(4, 20)[:, 3:13]):
         torch.library.opcheck(activation.act_and_mul, (x.to(dtype), table))
+        torch.library.opcheck(activation.unary, (x.to(dtype), table))
 
 
 @each_dtype

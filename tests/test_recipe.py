@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from lutserve import methods, recipe
 from lutserve.errors import UserError
-from lutserve.recipe import SITES, Recipe, from_flags, parse
+from lutserve.recipe import DEFAULT_SITES, SITES, Recipe, Site, from_flags, parse
 
 QKV = "model.layers.0.self_attn.qkv_proj"
 SHARDS = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
@@ -17,9 +18,11 @@ SHARDS = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
 
 def test_flags_make_a_recipe_for_every_linear_but_the_head() -> None:
     made = from_flags(method="mix8", lut="nli-4")
-    assert made.method_for(QKV, SHARDS).name == "mix8"
-    assert made.method_for("lm_head").name == "none"
-    assert {site: made.lut_for(site) for site in SITES} == {"silu": "nli-4", "gelu": "nli-4"}  # type: ignore[arg-type]
+    assert made.group_for(QKV, SHARDS).method == "mix8"
+    assert made.group_for("lm_head").method == "none"
+    chosen = {site: made.lut_for(site) for site in get_args(Site)}
+    assert chosen == {site: "nli-4" if site in DEFAULT_SITES else "exact" for site in SITES}
+    assert {"silu", "gelu"} <= set(DEFAULT_SITES) <= set(SITES)
     assert made.quantizes
     assert not from_flags(method="none").quantizes
     assert not from_flags(lut="nli-2").quantizes
@@ -33,7 +36,7 @@ def test_lut_sites_limit_the_table() -> None:
 def test_flags_override_what_a_folder_carries() -> None:
     base = from_flags(method="int8", lut="nli-4")
     over = from_flags(base, lut="exact", lut_sites="silu")
-    assert over.method_for(QKV, SHARDS).name == "int8"
+    assert over.group_for(QKV, SHARDS).method == "int8"
     assert (over.lut_for("silu"), over.lut_for("gelu")) == ("exact", "nli-4")
     assert not from_flags(base, method="none").quantizes
 
@@ -54,12 +57,12 @@ def test_first_matching_group_wins_and_fused_parts_must_agree() -> None:
         "rest": {"targets": ["Linear"], "method": "mix8"},
     }
     made = parse({"config_groups": groups})
-    assert made.method_for("model.layers.1.mlp.down_proj").name == "none"
-    assert made.method_for("model.layers.2.mlp.down_proj").name == "mix8"
+    assert made.group_for("model.layers.1.mlp.down_proj").method == "none"
+    assert made.group_for("model.layers.2.mlp.down_proj").method == "mix8"
     split = parse({"config_groups": {"q": {"targets": ["q_proj"], "method": "mix8"}}})
     with pytest.raises(UserError, match=r"qkv_proj is one fused layer.*target qkv_proj"):
-        split.method_for(QKV, SHARDS)
-    assert parse({"ignore": ["v_proj"], "config_groups": groups}).method_for(QKV, SHARDS).name == "none"
+        split.group_for(QKV, SHARDS)
+    assert parse({"ignore": ["v_proj"], "config_groups": groups}).group_for(QKV, SHARDS).method == "none"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +72,11 @@ def test_first_matching_group_wins_and_fused_parts_must_agree() -> None:
         ({"config_groups": {"a": {"method": "mix8", "bits": 4}}}, r"config_groups.a.bits.*targets, method"),
         ({"config_groups": {"a": {"method": "mix9"}}}, r"unknown method 'mix9'; did you mean 'mix8'"),
         ({"config_groups": {"a": {"method": "mix8", "targets": ["re:("]}}}, r"no regular expression"),
-        ({"luts": {"softmin": "nli-4"}}, r"luts\.softmin"),
+        ({"luts": {"softmin": "nli-4"}}, r"'softmin' names no site; allowed: silu, gelu, softmax_exp"),
+        ({"luts": {"layers.3": "nli-4"}}, r"'layers\.3' names no site"),
+        ({"luts": {"layers.3.": "nli-4"}}, r"'layers\.3\.' names no site"),
+        ({"luts": {"re:layers[": "nli-4"}}, r"no regular expression"),
+        ({"softmax_sum": "bfloat16"}, r"softmax_sum='bfloat16'.*float32.*float16"),
         ({"luts": {"silu": "nli-5"}}, r"nli-5.*nli-4"),
         ({"kv_cache_scheme": "int1"}, r"kv_cache_scheme='int1'.*exact"),
         ({"version": 2}, r"version=2"),
@@ -90,11 +97,48 @@ def test_bad_recipes_are_refused_in_one_line(config: dict[str, object], message:
         ({"lut": "nli-4", "lut_sites": "silu,exp"}, "unknown site 'exp' in --lut-sites; allowed: silu, gelu"),
         ({"lut_sites": "silu"}, "needs --lut"),
         ({"kv": "fp2"}, "kv_cache_scheme='fp2'"),
+        ({"softmax_sum": "fp16"}, "softmax_sum='fp16'"),
     ],
 )
 def test_bad_flags_are_refused(flags: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         from_flags(**flags)  # type: ignore[arg-type]
+
+
+def test_tables_by_layer_and_module() -> None:
+    luts = {
+        "layers.3.silu": "exact",
+        "q_norm.rsqrt": "nli-2",
+        "re:model\\.layers\\.[01]\\..*rsqrt": "nli-16",
+        "model.norm.rsqrt": "nli-32",
+        "silu": "nli-4",
+    }
+    made = parse({"luts": luts})
+    assert made.lut_for("silu", "model.layers.3") == "exact"
+    assert made.lut_for("silu", "model.layers.13") == made.lut_for("silu") == "nli-4"
+    assert made.lut_for("gelu", "model.layers.3") == "exact"
+    layer = "model.layers.1"
+    assert made.lut_for("rsqrt", layer, f"{layer}.self_attn.q_norm") == "nli-2"
+    assert made.lut_for("rsqrt", layer, f"{layer}.input_layernorm") == "nli-16"
+    assert made.lut_for("rsqrt", "model.layers.2", "model.layers.2.input_layernorm") == "exact"
+    assert made.lut_for("rsqrt", "", "model.norm") == "nli-32"
+    assert [made.may_use(site) for site in get_args(Site)] == [True, True, True, True, True]
+    plain = parse({"luts": {"layers.3.silu": "exact", "silu": "nli-4", "rsqrt": "exact"}})
+    assert [site for site in get_args(Site) if plain.may_use(site)] == ["silu"]
+
+
+def test_a_flag_goes_before_what_a_folder_carries_for_a_layer() -> None:
+    base = parse({"luts": {"layers.3.silu": "exact", "gelu": "nli-2"}})
+    over = from_flags(base, lut="nli-32", lut_sites="silu")
+    assert over.lut_for("silu", "model.layers.3") == "nli-32"
+    assert over.lut_for("gelu", "model.layers.3") == "nli-2"
+
+
+def test_flags_of_the_softmax_and_the_counters() -> None:
+    made = from_flags(softmax_sum="float16", count_saturations="true")
+    assert (made.softmax_sum, made.count_saturations) == ("float16", True)
+    assert from_flags(made, lut="nli-4").softmax_sum == "float16"
+    assert (Recipe().softmax_sum, Recipe().count_saturations) == ("float32", False)
 
 
 def test_recipes_are_frozen() -> None:
@@ -121,3 +165,13 @@ def test_files(tmp_path: Path) -> None:
     alone.write_text("[]")
     with pytest.raises(UserError, match="must hold a JSON object"):
         recipe.load(alone)
+
+
+def test_a_table_for_another_function_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "exp.json"
+    regions = {"cut_points": [-float("inf"), 0.0, float("inf")], "slopes": [0.0, 1.0], "biases": [0.0, 1.0]}
+    file.write_text(json.dumps({"op": "exp", "hidden": 1} | regions))
+    assert parse({"luts": {"softmax_exp": f"nnlut:{file}"}}).lut_for("softmax_exp") == f"nnlut:{file}"
+    with pytest.raises(UserError, match="is a table of 'exp', not of 'rsqrt'") as caught:
+        parse({"luts": {"layers.1.rsqrt": f"nnlut:{file}"}})
+    assert "\n" not in str(caught.value)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lutserve import methods
 from lutserve.compat import (
     QUANTIZATION_METHODS,
     LinearBase,
@@ -124,12 +125,13 @@ class LutserveConfig(QuantizationConfig):
             )
         stem, _, leaf = prefix.rpartition(".")
         shards = [f"{stem}.{name}" for name in self.packed_modules_mapping.get(leaf, [])]
-        method = recipe.method_for(prefix, shards)
+        group = recipe.group_for(prefix, shards)
+        method = methods.get(group.method)
         report = REPORTS.layers[prefix] = LayerReport(prefix, method.name)
         if not method.family:
             return ReportedUnquantized(report)
         family = import_module(f"lutserve.quant_methods.{method.family}")
-        linear_method: QuantizeMethodBase = family.linear_method(method, report)
+        linear_method: QuantizeMethodBase = family.linear_method(method, group, report)
         return linear_method
 
 

@@ -20,6 +20,7 @@ from lutserve.kernels.reference import quantize_rows
 from lutserve.methods import Method
 from lutserve.quant_methods import int8_gemm
 from lutserve.quant_methods.config import REPORTS, LayerReport
+from lutserve.recipe import Group
 
 #: a value is an outlier where it is above this many times the root mean square of its row's other columns
 THRESHOLD = 10.0
@@ -217,7 +218,7 @@ class MixqLinearMethod(LinearMethodBase):
         return out.view(*x.shape[:-1], kernel.n)
 
 
-def linear_method(method: Method, report: LayerReport) -> MixqLinearMethod:
+def linear_method(method: Method, group: Group, report: LayerReport) -> MixqLinearMethod:
     """Return the vLLM linear method of one layer (called through the registry in `lutserve.methods`)."""
     return MixqLinearMethod(method, report)
 

@@ -1,0 +1,137 @@
+"""Norms and activations by table against vLLM's and torch's own, one operator at a time.
+
+    python -m lutserve.benchmarks.norms [-o out/norms] [--threads 1]
+
+"native" is what vLLM serves on a CPU in eager mode (torch operations), "vllm_c" its C++ operator, which it
+has but does not use there. Interleaved; every result is checked against the first. Writes one JSON record.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lutserve import luts, machine
+from lutserve.benchmarks.kernels import Call, compare
+from lutserve.compat import vllm_ops
+from lutserve.kernels import activation, library, norm
+
+EPS = 1e-5
+#: rows, columns: one token, a batch, a prefill, and the heads of a prefill (q/k norm)
+SHAPES = ((1, 576), (1, 4096), (64, 2048), (512, 2048), (4096, 128))
+
+
+def cases() -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Yield the name and the timings of each comparison."""
+    generator = torch.Generator().manual_seed(0)
+    roots = luts.lut_table("rsqrt", "nli-4", torch.float16)
+    for dtype in (torch.bfloat16, torch.float16):
+        for rows, columns in SHAPES:
+            x, r = torch.randn(2, rows, columns, generator=generator).to(dtype)
+            w, b = torch.randn(2, columns, generator=generator).to(dtype)
+            ours: Call = partial(norm.rms_norm, x, w, roots, EPS)
+            calls = {"native": partial(_native, x, w), "vllm_c": partial(_vllm_c, x, w), "table": ours}
+            yield f"RMSNorm [{rows}, {columns}] {dtype}", compare(_repeated(calls, x), 1e-2)
+            calls = {
+                "native": partial(_native_add, x, r, w),
+                "vllm_c": partial(_vllm_c_add, x, r, w),
+                "table": partial(_first, norm.add_rms_norm, x, r, w, roots, EPS),
+            }
+            yield f"RMSNorm of a sum [{rows}, {columns}] {dtype}", compare(_repeated(calls, x), 1e-2)
+            calls = {
+                "torch": partial(torch.nn.functional.layer_norm, x, (columns,), w, b, EPS),
+                "table": partial(norm.layer_norm, x, w, b, roots, EPS),
+            }
+            yield f"LayerNorm [{rows}, {columns}] {dtype}", compare(_repeated(calls, x), 1e-2)
+        x = torch.randn(512, 2048, generator=generator).to(dtype)
+        calls = {
+            "torch": partial(torch.nn.functional.gelu, x),
+            "table": partial(activation.unary, x, luts.lut_table("gelu", "nli-32", dtype)),
+        }
+        yield f"GELU [512, 2048] {dtype}", compare(calls, 2e-2)
+
+
+def _repeated(calls: dict[str, Call], x: torch.Tensor) -> dict[str, Call]:
+    """Short calls ten at a time, so that the clock does not matter."""
+    return calls if x.numel() > 10000 else {name: partial(_ten, call) for name, call in calls.items()}
+
+
+def _ten(call: Call) -> torch.Tensor:
+    for _ in range(9):
+        call()
+    last: torch.Tensor = call()
+    return last
+
+
+def _native(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    normed: torch.Tensor = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return normed.to(x.dtype) * w
+
+
+def _native_add(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    wide = x.float() + r.float()
+    wide.to(x.dtype)  # the residual
+    normed: torch.Tensor = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return normed.to(x.dtype) * w
+
+
+def _vllm_c(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    vllm_ops.rms_norm(out, x, w, EPS)
+    return out
+
+
+def _vllm_c_add(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    out, residual = x.clone(), r.clone()  # it works in place
+    vllm_ops.fused_add_rms_norm(out, residual, w, EPS)
+    return out
+
+
+def _first(call: Callable[..., tuple[torch.Tensor, ...]], *arguments: Any) -> torch.Tensor:
+    first: torch.Tensor = call(*arguments)[0]
+    return first
+
+
+def main(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the record.")] = Path(
+        "out/norms"
+    ),
+    threads: Annotated[int, typer.Option(help="Threads to use.")] = 1,
+) -> None:
+    """Time everything, write the record, print the table."""
+    torch.set_num_threads(threads)
+    record = machine.collect() | {
+        "command": ["python", "-m", "lutserve.benchmarks.norms", *sys.argv[1:]],
+        "threads": threads,
+        "kernels": library.load(),
+        "unit": "microseconds, short cases ten calls together",
+    }
+    results: list[dict[str, Any]] = []
+    table = Table("case", "microseconds: median (p20 - p80)", box=None)
+    for name, timings in cases():
+        results.append({"case": name, "microseconds_p20_median_p80": timings})
+        text = (f"{who} {m:g} ({low:g} - {high:g})" for who, (low, m, high) in timings.items())
+        table.add_row(name, ", ".join(text))
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 200)
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"norms_{datetime.now():%Y-%m-%dT%H-%M-%S}.json"
+    new = path.with_suffix(".tmp")
+    new.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
+    new.replace(path)
+    print(f"written to {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""Look at a model's numbers before choosing tables for it."""

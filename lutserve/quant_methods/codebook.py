@@ -1,0 +1,165 @@
+"""4-bit codebook formats for vLLM: every name of `lutserve.formats`, through one look-up GEMM.
+
+Weights come from a folder made by `lutserve quantize`, or are rounded to nearest while a 16-bit checkpoint
+loads. `+a8` also quantises the activations to int8, by token and group, for an integer GEMM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lutserve import formats
+from lutserve.compat import (
+    BasevLLMParameter,
+    GroupQuantScaleParameter,
+    LinearMethodBase,
+    ModelWeightParameter,
+    PackedvLLMParameter,
+)
+from lutserve.errors import UserError
+from lutserve.kernels import library, lut_gemm
+from lutserve.methods import Method
+from lutserve.quant_methods.config import REPORTS, LayerReport
+from lutserve.quantizers import rtn
+from lutserve.recipe import Group
+
+
+class TableParameter(BasevLLMParameter):
+    """The table of every part of a fused layer, [parts, 16]; none of it is split between devices."""
+
+    def load_column_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
+        """Take the table of a layer that is not fused."""
+        self.data.copy_(loaded_weight.expand_as(self.data))
+
+    load_row_parallel_weight = load_column_parallel_weight
+
+    def load_merged_column_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
+        """Take the table of one part."""
+        self.data[self._shard_id_as_int(kwargs["shard_id"])].copy_(loaded_weight)
+
+    load_qkv_weight = load_merged_column_weight
+
+
+class CodebookLinearMethod(LinearMethodBase):
+    """vLLM's side of a codebook layer."""
+
+    def __init__(self, method: Method, group: Group, report: LayerReport) -> None:
+        self.format = formats.get(method.format)
+        self.a8 = method.activations == 8
+        self.stored, self.group_size = group.stored, group.group_size
+        self.report = report
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Register what the checkpoint holds: the 16-bit weight, or indices, scales and tables."""
+        n, k, loader = sum(output_partition_sizes), input_size_per_partition, extra["weight_loader"]
+        parts = len(output_partition_sizes)
+        group = self.group_size = k if self.group_size == -1 else min(self.group_size, k)
+        self._check(k, input_size)
+        if not self.stored:
+            weight = torch.empty(n, k, dtype=params_dtype)
+            parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
+            layer.register_parameter("weight", parameter)
+            return
+        indices, scales = torch.empty(n, -(-k // 2), dtype=torch.uint8), torch.empty(n, -(-k // group))
+        layer.register_parameter(
+            "weight_packed",
+            PackedvLLMParameter(
+                data=indices, input_dim=1, output_dim=0, packed_dim=1, packed_factor=2, weight_loader=loader
+            ),
+        )
+        layer.register_parameter(
+            "weight_scale",
+            GroupQuantScaleParameter(
+                data=scales.to(torch.float32), input_dim=1, output_dim=0, weight_loader=loader
+            ),
+        )
+        tables = torch.empty(parts, 16, dtype=torch.float32)
+        layer.register_parameter("weight_codebook", TableParameter(data=tables, weight_loader=loader))
+
+    def _check(self, k: int, whole: int) -> None:
+        """UserError for groups that the kernel cannot take, or that a tensor-parallel cut would split."""
+        name, group = self.report.prefix, self.group_size
+        if group % lut_gemm.OCTET and group < k:
+            raise UserError(f"{name}: group_size {group} is not a multiple of {lut_gemm.OCTET}")
+        if whole != k and (k % group or k % 2):
+            raise UserError(
+                f"{name}: {whole} input columns in {whole // k} tensor-parallel parts of {k} cut a group of "
+                f"{group}; choose another group size or another -tp"
+            )
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Quantise what is not quantised yet, pack, and let the loaded tensors go."""
+        if self.stored:
+            codes, scales, table = self._stored(layer)
+            names = ["weight_packed", "weight_scale", "weight_codebook"]
+        else:
+            quantized = rtn(layer.get_parameter("weight").data, self.format, self.group_size)
+            codes, scales = quantized.codes, quantized.scales
+            table, names = torch.tensor(self.format.table), ["weight"]
+        if self.a8:
+            image = self.format.int8_table()
+            table, scales = torch.tensor(image.values), scales * image.scale
+        for name in names:
+            delattr(layer, name)
+        layer.register_parameter("weight", torch.nn.Parameter(torch.empty(0), requires_grad=False))
+        by_panels = lut_gemm.pack_scales(scales)
+        # As buffers: torch.compile then takes them for inputs, not for constants to copy.
+        layer.register_buffer("lut_indices", lut_gemm.pack(codes), persistent=False)
+        layer.register_buffer("lut_scales", by_panels, persistent=False)
+        layer.register_buffer("lut_table", table.to(torch.float32).view(1, 1, 16), persistent=False)
+        self.n = len(codes)
+        report = self.report
+        report.weights = codes.numel()
+        report.bits = 4 + 8 * by_panels.nbytes / report.weights
+        report.kernel = f"lut_gemm {library.backend_for('lut_gemm')}"
+        if self.a8 and not self.format.int8_table().exact:
+            report.kernel += " (table rounded to int8)"
+        REPORTS.finish(report)
+
+    def _stored(self, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Indices [N, K], scales and the one table of a layer as `lutserve quantize` stored it."""
+        packed, tables = (
+            layer.get_parameter("weight_packed").data,
+            layer.get_parameter("weight_codebook").data,
+        )
+        if not torch.equal(tables, tables[:1].expand_as(tables)):
+            raise UserError(f"{self.report.prefix}: the parts of one fused layer have different tables")
+        if self.a8 and not torch.allclose(tables[0], torch.tensor(self.format.table), rtol=1e-6):
+            raise UserError(
+                f"{self.report.prefix}: stored table is not {self.format.name}'s; serve without +a8"
+            )
+        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1)
+        return codes, layer.get_parameter("weight_scale").data, tables[0]
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return x @ W^T + bias, [..., N], for x [..., K]."""
+        out: torch.Tensor = lut_gemm.lut_gemm(
+            x.reshape(1, -1, x.shape[-1]),
+            layer.lut_indices,
+            layer.lut_table,
+            layer.lut_scales,
+            None,
+            self.group_size,
+            self.n,
+            bias,
+            self.a8,
+        )
+        return out.view(*x.shape[:-1], self.n)
+
+
+def linear_method(method: Method, group: Group, report: LayerReport) -> CodebookLinearMethod:
+    """Return the vLLM linear method of one layer (called through the registry in `lutserve.methods`)."""
+    return CodebookLinearMethod(method, group, report)
