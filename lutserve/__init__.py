@@ -6,13 +6,15 @@ column a slot. `import lutserve` needs neither torch nor vLLM; what does is impo
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lutserve import formats, luts, quantizers
     from lutserve.luts import lut_table
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "lut_table"]
+__all__ = ["__version__", "formats", "lut_table", "luts", "quantizers"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +22,6 @@ def __getattr__(name: str) -> Any:
         from lutserve.luts import lut_table
 
         return lut_table
+    if name in __all__:
+        return import_module(f"lutserve.{name}")
     raise AttributeError(f"module 'lutserve' has no attribute {name!r}")

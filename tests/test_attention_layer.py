@@ -19,6 +19,12 @@ from lutserve.layers import attention
 from lutserve.layers.sites import REPORTS
 
 
+@pytest.fixture(autouse=True)
+def _clean():
+    yield
+    REPORTS.clear()
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("model") / "tiny")

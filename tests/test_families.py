@@ -166,7 +166,9 @@ def test_every_site_is_found_under_its_own_name(served: Any, family: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma"])
+@pytest.mark.parametrize(
+    "family", ["qwen3", *(pytest.param(name, marks=pytest.mark.extended) for name in ("gpt2", "gemma"))]
+)
 def test_compiled_like_eager(served: Any, models: Any, family: str, tmp_path: Path) -> None:
     both = RECIPES["activation"]["luts"] | {"rsqrt": "nli-4"}
     recipe = {"luts": both, "count_saturations": True}

@@ -18,6 +18,7 @@ from lutserve.methods import METHODS
 from lutserve.quant_methods import mixq as method
 from lutserve.quant_methods.config import REPORTS, LayerReport
 from lutserve.quant_methods.mixq import KERNELS, THRESHOLD, MixqKernel, capacity
+from lutserve.recipe import Group
 
 DTYPES = [torch.float16, torch.bfloat16]
 SHAPES = [(1, 576), (5, 100), (7, 2048), (33, 1536), (0, 64), (3, 33), (2, 1), (4, 31)]
@@ -284,7 +285,7 @@ def test_the_layer_under_torch_compile_equals_eager() -> None:
     report = REPORTS.layers["compiled"] = LayerReport("compiled", "mix8")
     layer = torch.nn.Module()
     layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
-    linear = method.linear_method(METHODS["mix8"], report)
+    linear = method.linear_method(METHODS["mix8"], Group(method="mix8"), report)
     try:
         linear.process_weights_after_loading(layer)
         eager = linear.apply(layer, x[None])

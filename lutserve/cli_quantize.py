@@ -1,0 +1,223 @@
+"""`lutserve quantize`: write a folder with 4-bit weights, or look into one.
+
+The names of the options that other quantisation scripts use (`--woq_dtype`, `--gptq_actorder`, ...) are
+accepted beside our own; `docs/quantize.md` has the list.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lutserve.errors import UserError
+
+if TYPE_CHECKING:
+    from lutserve.quantizers.settings import Settings
+
+
+def quantize(
+    model: Annotated[
+        str | None, typer.Argument(help="Alias (`lutserve models`), folder or hub id. Default: smollm2-135m.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", "--dtype", "--woq_dtype", help="Weight format (`lutserve formats`)."),
+    ] = None,
+    algo: Annotated[str, typer.Option("--algo", "--woq_algo", help="rtn, gptq, awq or smoothquant.")] = "rtn",
+    group_size: Annotated[
+        int,
+        typer.Option(
+            "--group-size",
+            "--group_size",
+            "--woq_group_size",
+            help="Weights that share a scale; -1 for whole rows.",
+        ),
+    ] = 128,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", "--output_dir", help="Folder to make.")
+    ] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            "--calibration",
+            "--dataset",
+            help="Text for gptq, awq and smoothquant: a file (.txt, .jsonl, also .gz); c4, wikitext2 or pile "
+            "(from LUTSERVE_DATA, LUTSERVE_SHARED or the hub); a data set on the hub; or pydoc.",
+        ),
+    ] = "c4",
+    samples: Annotated[
+        int, typer.Option("--samples", "--gptq_nsamples", "--calib_iters", help="Calibration windows.")
+    ] = 128,
+    length: Annotated[
+        int,
+        typer.Option(
+            "--sequence-length", "--gptq_pad_max_length", "--pad_max_length", help="Tokens in a window."
+        ),
+    ] = 512,
+    ignore: Annotated[
+        str, typer.Option(help="Layers that stay in 16 bit: names or re:..., comma separated.")
+    ] = "lm_head",
+    alpha: Annotated[
+        float | None, typer.Option(help="Smoothing exponent; 0.5 with smoothquant, else no smoothing.")
+    ] = None,
+    mse: Annotated[
+        bool,
+        typer.Option(
+            "--mse", "--enable_mse_search", "--woq_enable_mse_search", help="rtn: search the clip ratio."
+        ),
+    ] = False,
+    full_range: Annotated[
+        bool,
+        typer.Option(
+            "--full-range",
+            "--enable_full_range",
+            "--woq_enable_full_range",
+            help="rtn, integers: use all codes.",
+        ),
+    ] = False,
+    act_order: Annotated[
+        bool,
+        typer.Option("--act-order", "--gptq_actorder", help="gptq: columns with large activations first."),
+    ] = False,
+    damping: Annotated[
+        float,
+        typer.Option("--damping", "--gptq_percdamp", help="gptq: share of the mean diagonal added to it."),
+    ] = 0.01,
+    block_size: Annotated[
+        int, typer.Option("--block-size", "--gptq_block_size", help="gptq: columns updated at once.")
+    ] = 128,
+    bits: Annotated[
+        int | None,
+        typer.Option("--bits", "--woq_bits", help="Width of the plain format `int` (int with 4 is int4)."),
+    ] = None,
+    scheme: Annotated[
+        str, typer.Option("--scheme", "--woq_scheme", help="sym; asym exists in the Python library only.")
+    ] = "sym",
+    smooth: Annotated[bool, typer.Option("--sq", help="The same as --alpha 0.5.")] = False,
+    activations: Annotated[
+        bool,
+        typer.Option(
+            "--enable_activation", "--woq_enable_activation", help="The same as +a4 after the method."
+        ),
+    ] = False,
+    inspect: Annotated[
+        Path | None, typer.Option(help="Show bits, bytes and error of each layer of a quantised folder.")
+    ] = None,
+) -> None:
+    """Quantise a model into a folder that `lutserve serve` and `vllm serve` take.
+
+    A run that was interrupted, even by kill -9, goes on where it was when the command is repeated.
+    """
+    if inspect is not None:
+        _inspect(inspect)
+        return
+    from lutserve.quantizers.settings import Settings
+
+    if output is None:
+        raise UserError("say where to write: -o DIR")
+    if scheme != "sym":
+        raise UserError(f"--scheme {scheme}: only sym can be served; asym is in lutserve.quantizers.rtn")
+    settings = Settings(
+        method=_method(method, bits, activations),
+        algo=algo.lower(),
+        group_size=group_size,
+        ignore=tuple(name.strip() for name in ignore.split(",") if name.strip()),
+        mse=mse,
+        full_range=full_range,
+        act_order=act_order,
+        damping=damping,
+        block_size=block_size,
+        alpha=0.5 if smooth and alpha is None else alpha,
+        samples=samples,
+        length=length,
+    )
+    _run(model, output, settings, calibration)
+
+
+def _method(method: str | None, bits: int | None, activations: bool) -> str:
+    """The method's name from the options that spell it."""
+    if method is None:
+        raise UserError("say into which format: --method NAME, e.g. sf4_5 or nf4 (`lutserve formats`)")
+    if method == "int":
+        if bits is None:
+            raise UserError("--method int needs --bits, e.g. --bits 4; or give int4")
+        method = f"int{bits}"
+    elif bits is not None:
+        from lutserve import formats
+
+        real = formats.get(method.partition("+")[0]).bits
+        if bits != real:
+            raise UserError(f"--bits {bits}: {method} has {real} bits; leave --bits out")
+    return f"{method}+a4" if activations else method
+
+
+def _run(model: str | None, output: Path, settings: Settings, calibration: str) -> None:
+    """Quantise with a progress bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from lutserve import models
+    from lutserve.quantizers.download import folder_of
+    from lutserve.quantizers.pipeline import Step, quantize
+
+    console = Console(stderr=True, highlight=False)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    name = model or models.DEFAULT
+    folder = folder_of(models.resolve(name, console.print), console.print)
+    title = folder.name if (Path(name).expanduser() / "config.json").is_file() else name
+    with progress:
+        bar = progress.add_task("starting", total=1.0)
+
+        def watch(step: Step) -> None:
+            where = f"block {min(step.block + 1, step.blocks)}/{step.blocks}"
+            progress.update(bar, completed=step.done, description=f"{where} {step.what}".strip())
+
+        quantize(
+            folder,
+            output,
+            settings,
+            text=calibration,
+            name=title,
+            watch=watch,
+            say=lambda line: console.print(line, markup=False),
+        )
+    print(output)
+
+
+def _inspect(folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from lutserve.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(folder)
+    facts = checkpoint.facts()
+    table = Table(box=None, header_style="bold")
+    table.add_column("layer", no_wrap=True)
+    for heading in ("out x in", "bits", "bytes", "weight dB", "output dB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in facts:
+        shape = f"{layer.shape[0]} x {layer.shape[1]}"
+        errors = (
+            "-" if error is None else f"{error:.2f}" for error in (layer.weight_sqnr, layer.output_sqnr)
+        )
+        table.add_row(layer.name, shape, f"{layer.bits:.3f}", f"{layer.bytes:,}", *errors)
+    # Into a pipe every column stays whole.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in facts)
+    stored = sum(layer.bytes for layer in facts)
+    algo = checkpoint.report["settings"].get("algo", "unknown")
+    group = checkpoint.group
+    print(f"{group['method']} by {algo}, groups of {group['group_size']}: {len(facts)} layers", end=", ")
+    print(f"{weights:,} weights in {stored:,} bytes ({8 * stored / weights:.3f} bits each)", end="; ")
+    print(f"with all else {checkpoint.size():,} bytes")

@@ -1,0 +1,81 @@
+"""The model card of a quantised folder."""
+
+from __future__ import annotations
+
+import shlex
+from statistics import fmean
+from typing import Any
+
+import lutserve
+from lutserve.quantizers.settings import Settings
+
+
+def command(model: str, output: str, settings: Settings, text: str) -> str:
+    """The command line that makes the folder, with only the options that differ from their defaults."""
+    words = ["lutserve", "quantize", model, "--method", settings.method, "--algo", settings.algo]
+    words += ["--group-size", str(settings.group_size)]
+    default = Settings(settings.method, settings.algo)
+    options = {
+        "--alpha": (settings.alpha, default.alpha),
+        "--damping": (settings.damping, default.damping),
+        "--block-size": (settings.block_size, default.block_size),
+        "--ignore": (",".join(settings.ignore), ",".join(default.ignore)),
+    }
+    if settings.calibrated:
+        words += ["--calibration", text]
+        options["--samples"] = (settings.samples, default.samples)
+        options["--sequence-length"] = (settings.length, default.length)
+    for option, (value, usual) in options.items():
+        words += [option, str(value)] if value != usual else []
+    flags = {"--mse": settings.mse, "--full-range": settings.full_range, "--act-order": settings.act_order}
+    words += [flag for flag, given in flags.items() if given]
+    return shlex.join([*words, "-o", output])
+
+
+def text(model: str, output: str, settings: Settings, calibration: str, layers: dict[str, Any]) -> str:
+    """The README.md: what it is, how it was made, how to serve it, the error of each layer.
+
+    Args:
+        model: name of the original model.
+        output: name of the folder.
+        settings: how it was made.
+        calibration: name of the calibration text.
+        layers: the report, by layer.
+
+    """
+    codebook = settings.codebook
+    values = ", ".join(f"{value:.9g}" for value in codebook.values)
+    share = "a row" if settings.group_size == -1 else f"for {settings.group_size} weights"
+    about = f"The linear layers of {model} as indices into a codebook, one fp32 scale {share}."
+    measured = all("output_sqnr_db" in layer for layer in layers.values())
+    lines = [
+        "---",
+        "library_name: vllm",
+        f"tags: [lutserve, {settings.algo}, 4-bit]",
+        "---",
+        f"# {model}, {codebook.name} by {settings.algo}",
+        "",
+        f"{about} Made with lutserve {lutserve.__version__}:",
+        "",
+        "```console",
+        f"$ {command(model, output, settings, calibration)}",
+        "```",
+        "",
+        f"`lutserve serve {output}` serves it; so does `vllm serve {output}` where lutserve is installed.",
+        "",
+        f"Codebook: {values}.",
+        "",
+        "## Measured error",
+        "",
+        "Signal-to-quantisation-noise ratio in dB of each weight"
+        + (", and of each layer's output on the calibration text." if measured else "."),
+        "",
+        "| layer | weight |" + (" output |" if measured else ""),
+        "|---|---|" + ("---|" if measured else ""),
+    ]
+    keys = ["weight_sqnr_db"] + (["output_sqnr_db"] if measured else [])
+    for name, layer in layers.items():
+        lines.append(f"| {name} | " + " | ".join(f"{layer[key]:.2f}" for key in keys) + " |")
+    means = [fmean(layer[key] for layer in layers.values()) for key in keys]
+    lines.append("| mean | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+    return "\n".join(lines) + "\n"

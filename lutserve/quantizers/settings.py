@@ -1,0 +1,96 @@
+"""What `lutserve quantize` is asked to do, checked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lutserve import formats, methods
+from lutserve.errors import UserError
+from lutserve.formats import Codebook
+from lutserve.recipe import Group, Recipe
+
+ALGORITHMS = ("rtn", "gptq", "awq", "smoothquant")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the result depends on beside the model and the calibration text.
+
+    method: a format of at most 16 values; what follows a `+` is about activations, and only written into
+        the configuration.
+    algo: rtn, gptq, awq or smoothquant.
+    group_size: columns that share a scale; -1 for whole rows.
+    ignore: layers that stay in 16 bit: names, last parts of names, or `re:` and a regular expression.
+    mse: rtn, smoothquant: search the clip ratio of each layer.
+    full_range: integers, rtn, smoothquant: use all codes.
+    act_order, damping, block_size: gptq; groups stay groups of neighbouring columns.
+    alpha: smoothing exponent; default 0.5 for smoothquant and none for the others.
+    samples, length: calibration windows and tokens in each.
+
+    UserError for values that are not allowed or do not go together.
+    """
+
+    method: str
+    algo: str = "rtn"
+    group_size: int = 128
+    ignore: tuple[str, ...] = ("lm_head",)
+    mse: bool = False
+    full_range: bool = False
+    act_order: bool = False
+    damping: float = 0.01
+    block_size: int = 128
+    alpha: float | None = None
+    samples: int = 128
+    length: int = 512
+
+    def __post_init__(self) -> None:
+        if methods.get(self.method).family != "codebook":
+            raise UserError(f"{self.method} is quantised while it is loaded, not before; give a 4-bit format")
+        codebook = self.codebook
+        if self.algo not in ALGORITHMS:
+            raise UserError(f"unknown algorithm {self.algo!r}; allowed: {', '.join(ALGORITHMS)}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise UserError(f"--group-size {self.group_size}; allowed: 1 or more, or -1 for whole rows")
+        if self.algo in ("gptq", "awq") and (self.mse or self.full_range):
+            option = "--mse" if self.mse else "--full-range"
+            raise UserError(f"{option} goes with rtn and smoothquant; {self.algo} chooses its own scales")
+        if self.full_range and not codebook.integer:
+            raise UserError(f"--full-range is for integers; {codebook.name} has fixed values")
+        if self.act_order and self.algo != "gptq":
+            raise UserError(f"--act-order goes with gptq, not {self.algo}")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise UserError(f"--alpha {self.alpha}; allowed: 0 to 1")
+        if self.damping < 0 or self.block_size < 1:
+            raise UserError("--damping must be 0 or more, --block-size 1 or more")
+        if self.samples < 1 or self.length < 2:
+            raise UserError("--samples must be 1 or more, --sequence-length 2 or more")
+
+    @property
+    def codebook(self) -> Codebook:
+        """The format of the weights."""
+        return formats.get(methods.get(self.method).format)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the result's `config.json` carries."""
+        group = Group(method=self.method, group_size=self.group_size, stored=True)
+        return Recipe(config_groups={"default": group}, ignore=self.ignore)
+
+    @property
+    def smoothing(self) -> float | None:
+        """Exponent of SmoothQuant, or None for none."""
+        if self.alpha is None and self.algo == "smoothquant":
+            return 0.5
+        return self.alpha
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.algo != "rtn" or self.smoothing is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields that have a say; the codebook by its values, whatever its file is called."""
+        data = asdict(self) | {"ignore": list(self.ignore), "values": list(self.codebook.values)}
+        calibration = ("samples", "length")
+        return {key: value for key, value in data.items() if self.calibrated or key not in calibration}
