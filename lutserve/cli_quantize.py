@@ -80,8 +80,12 @@ def quantize(
     ] = False,
     act_order: Annotated[
         bool,
-        typer.Option("--act-order", "--gptq_actorder", help="gptq: columns with large activations first."),
-    ] = False,
+        typer.Option(
+            "--act-order/--no-act-order",
+            "--gptq_actorder",
+            help="gptq: columns with large activations first.",
+        ),
+    ] = True,
     damping: Annotated[
         float,
         typer.Option("--damping", "--gptq_percdamp", help="gptq: share of the mean diagonal added to it."),

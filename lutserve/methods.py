@@ -38,7 +38,7 @@ METHODS: dict[str, Method] = {
 
 #: what `--help` and errors say of the names that are not in METHODS
 FORMATS = (
-    "every 4-bit format of `lutserve formats` (nf4, sf4_5, fp4_basic, int4, ...), +a8 for int8 activations"
+    "every 4-bit format of `lutserve formats` (nf4, sf4_5, fp4_basic, int4, ...), +a8 or +a4 for activations"
 )
 
 
@@ -49,8 +49,8 @@ def get(name: str) -> Method:
     from lutserve import formats
 
     base, plus, option = name.partition("+")
-    if plus and option != "a8":
-        raise UserError(f"unknown method {name!r}: after + only a8 (int8 activations) is allowed")
+    if plus and option not in ("a4", "a8"):
+        raise UserError(f"unknown method {name!r}: after + a4 or a8 (bits of the activations) is allowed")
     try:
         codebook = formats.get(base)
     except UserError:
@@ -61,4 +61,4 @@ def get(name: str) -> Method:
         raise UserError(
             f"{base} has {codebook.bits} bits; a codebook method has at most 4 (int8 is one of its own)"
         )
-    return Method(name, "codebook", codebook.source, base, 8 if plus else 16)
+    return Method(name, "codebook", codebook.source, base, int(option[1:]) if plus else 16)

@@ -14,7 +14,7 @@ from lutserve.errors import UserError
 from lutserve.kernels import library
 from lutserve.quant_methods import codebook
 from lutserve.quant_methods.config import REPORTS, LayerReport
-from lutserve.quantizers import rtn
+from lutserve.quantizers import quantize_activations, rtn
 from lutserve.recipe import Group
 
 N, K = 48, 320
@@ -90,6 +90,17 @@ def test_int8_activations(name: str) -> None:
     assert ("rounded to int8" in linear.report.kernel) == (name == "nf4")
 
 
+def test_4_bit_activations() -> None:
+    weight, x = weight_and_input()
+    layer, linear = build("sf4_5+a4", [N], group_size=64)
+    layer.weight.data.copy_(weight)
+    linear.process_weights_after_loading(layer)
+    rounded = quantize_activations(x, "sf4_5", 64).double()
+    exact = rounded @ rtn(weight, "sf4_5", 64).dequantize().double().T
+    assert relative_error(linear.apply(layer, x), exact) < 5e-3
+    assert relative_error(linear.apply(layer, x), x.double() @ weight.double().T) > 0.05
+
+
 def stored(weight: torch.Tensor, name: str, group_size: int) -> dict[str, torch.Tensor]:
     """What a folder holds of one linear."""
     quantized = rtn(weight, name, group_size)
@@ -132,6 +143,8 @@ def test_groups_that_do_not_fit() -> None:
         UserError, match=r"320 input columns in 2 tensor-parallel parts of 160 cut a group of 128"
     ):
         build("nf4", [N], k=160, whole=320)
+    with pytest.raises(UserError, match="cut a group of 320"):
+        build("nf4", [N], k=160, whole=320, group_size=-1)
     build("nf4", [N], k=160, whole=320, group_size=32)
 
 
@@ -139,7 +152,7 @@ def test_groups_that_do_not_fit() -> None:
     ("name", "message"),
     [
         ("nf5", "did you mean 'nf4'"),
-        ("nf4+a3", "only a8"),
+        ("nf4+a3", "a4 or a8"),
         ("int6", "at most 4"),
     ],
 )

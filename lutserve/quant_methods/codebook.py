@@ -1,7 +1,8 @@
 """4-bit codebook formats for vLLM: every name of `lutserve.formats`, through one look-up GEMM.
 
 Weights come from a folder made by `lutserve quantize`, or are rounded to nearest while a 16-bit checkpoint
-loads. `+a8` also quantises the activations to int8, by token and group, for an integer GEMM.
+loads. `+a8` also quantises the activations to int8, by token and group, for an integer GEMM; `+a4` rounds
+them to the weights' own format first, for studies (plain torch, so not fast).
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from lutserve.compat import (
     LinearMethodBase,
     ModelWeightParameter,
     PackedvLLMParameter,
+    register_weight_loader_v2_supported_method,
 )
 from lutserve.errors import UserError
 from lutserve.kernels import library, lut_gemm
 from lutserve.methods import Method
 from lutserve.quant_methods.config import REPORTS, LayerReport
-from lutserve.quantizers import rtn
+from lutserve.quantizers import quantize_activations, rtn
 from lutserve.recipe import Group
 
 
@@ -42,12 +44,13 @@ class TableParameter(BasevLLMParameter):
     load_qkv_weight = load_merged_column_weight
 
 
+@register_weight_loader_v2_supported_method
 class CodebookLinearMethod(LinearMethodBase):
     """vLLM's side of a codebook layer."""
 
     def __init__(self, method: Method, group: Group, report: LayerReport) -> None:
         self.format = formats.get(method.format)
-        self.a8 = method.activations == 8
+        self.a8, self.a4 = method.activations == 8, method.activations == 4
         self.stored, self.group_size = group.stored, group.group_size
         self.report = report
 
@@ -64,8 +67,8 @@ class CodebookLinearMethod(LinearMethodBase):
         """Register what the checkpoint holds: the 16-bit weight, or indices, scales and tables."""
         n, k, loader = sum(output_partition_sizes), input_size_per_partition, extra["weight_loader"]
         parts = len(output_partition_sizes)
-        group = self.group_size = k if self.group_size == -1 else min(self.group_size, k)
         self._check(k, input_size)
+        group = self.group_size = k if self.group_size == -1 else min(self.group_size, k)
         if not self.stored:
             weight = torch.empty(n, k, dtype=params_dtype)
             parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
@@ -90,12 +93,12 @@ class CodebookLinearMethod(LinearMethodBase):
     def _check(self, k: int, whole: int) -> None:
         """UserError for groups that the kernel cannot take, or that a tensor-parallel cut would split."""
         name, group = self.report.prefix, self.group_size
-        if group % lut_gemm.OCTET and group < k:
+        if group % lut_gemm.OCTET and -1 < group < k:
             raise UserError(f"{name}: group_size {group} is not a multiple of {lut_gemm.OCTET}")
-        if whole != k and (k % group or k % 2):
+        if whole != k and (group == -1 or k % group or k % 2):
             raise UserError(
                 f"{name}: {whole} input columns in {whole // k} tensor-parallel parts of {k} cut a group of "
-                f"{group}; choose another group size or another -tp"
+                f"{whole if group == -1 else group}; choose another group size or another -tp"
             )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -146,6 +149,9 @@ class CodebookLinearMethod(LinearMethodBase):
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return x @ W^T + bias, [..., N], for x [..., K]."""
+        if self.a4:
+            # The published W4A4 is this: values rounded to the format, products in the model's precision.
+            x = quantize_activations(x, self.format, self.group_size).to(x.dtype)
         out: torch.Tensor = lut_gemm.lut_gemm(
             x.reshape(1, -1, x.shape[-1]),
             layer.lut_indices,

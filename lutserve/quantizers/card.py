@@ -27,7 +27,11 @@ def command(model: str, output: str, settings: Settings, text: str) -> str:
         options["--sequence-length"] = (settings.length, default.length)
     for option, (value, usual) in options.items():
         words += [option, str(value)] if value != usual else []
-    flags = {"--mse": settings.mse, "--full-range": settings.full_range, "--act-order": settings.act_order}
+    flags = {
+        "--mse": settings.mse,
+        "--full-range": settings.full_range,
+        "--no-act-order": settings.algo == "gptq" and not settings.act_order,
+    }
     words += [flag for flag, given in flags.items() if given]
     return shlex.join([*words, "-o", output])
 

@@ -24,7 +24,7 @@ class Settings:
     ignore: layers that stay in 16 bit: names, last parts of names, or `re:` and a regular expression.
     mse: rtn, smoothquant: search the clip ratio of each layer.
     full_range: integers, rtn, smoothquant: use all codes.
-    act_order, damping, block_size: gptq; groups stay groups of neighbouring columns.
+    act_order, damping, block_size: gptq. With act_order groups stay groups of neighbouring columns.
     alpha: smoothing exponent; default 0.5 for smoothquant and none for the others.
     samples, length: calibration windows and tokens in each.
 
@@ -37,7 +37,7 @@ class Settings:
     ignore: tuple[str, ...] = ("lm_head",)
     mse: bool = False
     full_range: bool = False
-    act_order: bool = False
+    act_order: bool = True
     damping: float = 0.01
     block_size: int = 128
     alpha: float | None = None
@@ -57,8 +57,6 @@ class Settings:
             raise UserError(f"{option} goes with rtn and smoothquant; {self.algo} chooses its own scales")
         if self.full_range and not codebook.integer:
             raise UserError(f"--full-range is for integers; {codebook.name} has fixed values")
-        if self.act_order and self.algo != "gptq":
-            raise UserError(f"--act-order goes with gptq, not {self.algo}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UserError(f"--alpha {self.alpha}; allowed: 0 to 1")
         if self.damping < 0 or self.block_size < 1:
