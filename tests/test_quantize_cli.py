@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,17 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import tiny_gemma, tiny_llama
+from typer.main import get_command
 
 from lutserve import checkpoint, formats, recipe
 from lutserve.checkpoint import Checkpoint
 from lutserve.cli import app
 from lutserve.errors import UserError
-from lutserve.quantizers import calibration, gptq, rtn
+from lutserve.quantizers import gptq, rtn
 from lutserve.quantizers.partial import Partial
 from lutserve.quantizers.pipeline import quantize
 from lutserve.quantizers.settings import Settings
-from lutserve.quantizers.skeleton import Skeleton
-from lutserve.quantizers.source import Source
 
 LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 CALIBRATED = {"text": "pydoc"}
@@ -347,96 +346,6 @@ def test_progress_never_goes_back(model, tmp_path):
         assert len({step.what for step in steps}) > 5
 
 
-# --- models that cannot be quantised ------------------------------------------------------------------------
-
-
-def folder_with(tmp_path, config, tensors=None):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(tensors or {"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 64}, "mixture-of-experts"),
-        ({"model_type": "gpt2", "n_layer": 1, "n_embd": 64, "n_head": 2}, "Conv1D"),
-        ({"model_type": "vit"}, "is no causal language model"),
-        ({"model_type": "nonesuch"}, "transformers cannot read"),
-        (
-            {"model_type": "llama", "quantization_config": {"quant_method": "awq"}},
-            r"quantised already \(awq\)",
-        ),
-    ],
-)
-def test_models_that_are_refused(tmp_path, config, message):
-    with pytest.raises(UserError, match=message):
-        Skeleton(Source(folder_with(tmp_path, config)))
-
-
-def test_broken_folders(model, tmp_path):
-    with pytest.raises(UserError, match="has no tensor"):
-        quantize(
-            folder_with(tmp_path, json.loads((model / "config.json").read_text())),
-            tmp_path / "out",
-            settings(),
-        )
-    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="cannot read"):
-        Source(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no model\.safetensors or pytorch_model\.bin"):
-        Source(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
-    with pytest.raises(UserError, match=r"lacks gone\.safetensors"):
-        Source(tmp_path)
-
-
-# --- calibration text ---------------------------------------------------------------------------------------
-
-
-def test_windows_are_spread_over_the_text(model, tmp_path):
-    text = "\n".join(f"The {i}th line of a text about rivers, mills and trains." for i in range(400))
-    plain, packed, lines = tmp_path / "a.txt", tmp_path / "b.raw.gz", tmp_path / "c.jsonl"
-    plain.write_text(text)
-    packed.write_bytes(gzip.compress(text.encode()))
-    lines.write_text("".join(json.dumps({"text": line}) + "\n" for line in text.split("\n")))
-    windows = calibration.windows(str(plain), model, 5, 32)
-    assert len(windows) == 5 and all(w.shape == (32,) and w.dtype == torch.int64 for w in windows)
-    assert len({tuple(w.tolist()) for w in windows}) == 5
-    assert all(map(torch.equal, windows, calibration.windows(str(packed), model, 5, 32)))
-    assert len(calibration.windows(str(lines), model, 5, 32)) == 5
-
-
-def test_named_text_is_found_in_the_data_folder(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTSERVE_DATA", str(tmp_path))
-    (tmp_path / "wikitext2_validation.raw.gz").write_bytes(
-        gzip.compress(b"one two three four five six\n" * 50)
-    )
-    assert len(calibration.windows("wikitext2", model, 2, 16)) == 2
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("nothing", "no calibration text 'nothing'; give a file"),
-        ("short.txt", r"has \d+ tokens, 100 x 50 need 5000; give more text"),
-        ("bad.jsonl", 'bad.jsonl, line 2: not a JSON object with a "text"'),
-        ("bad.gz", "cannot read calibration text"),
-        ("c4", "cannot read allenai/c4 from the hub|needs the package datasets"),
-    ],
-)
-def test_calibration_errors(model, tmp_path, monkeypatch, source, message):
-    monkeypatch.chdir(tmp_path)
-    for variable in ("LUTSERVE_DATA", "LUTSERVE_SHARED"):
-        monkeypatch.delenv(variable, raising=False)
-    Path("short.txt").write_text("not enough")
-    Path("bad.jsonl").write_text('{"text": "fine"}\n{"words": "not"}\n')
-    Path("bad.gz").write_bytes(b"no gzip")
-    with pytest.raises(UserError, match=message):
-        calibration.windows(source, model, 100, 50)
-
-
 # --- the command --------------------------------------------------------------------------------------------
 
 
@@ -455,6 +364,14 @@ def test_old_option_names(model, made, tmp_path, capsys):
         in (tmp_path / "old/out/README.md").read_text()
     )
     assert capsys.readouterr().out.split() == [str(tmp_path / "old/out"), str(tmp_path / "new/out")]
+
+
+def test_every_documented_option_exists():
+    text = (Path(__file__).parents[1] / "docs/quantize.md").read_text()
+    documented = set(re.findall(r"`(--[\w-]+)", text)) - {"--inspect", "--method"}
+    command = get_command(app).commands["quantize"]
+    known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    assert len(documented) > 30 and documented <= known
 
 
 def test_inspect(made, capsys):
