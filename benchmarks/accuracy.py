@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lutserve import machine, models
+from lutserve.console import for_tables
 from lutserve.eval.ppl import Perplexity, perplexity, wikitext2
 from lutserve.server.client import running_server
 
@@ -70,7 +70,7 @@ def main(
     table = Table("recipe", "perplexity", "against bf16", box=None)
     for row in rows:
         table.add_row(row["recipe"], f"{row['perplexity']:.3f}", f"{row['ratio'] - 1:+.2%}")
-    Console().print(table)
+    for_tables().print(table)
     print(f"written to {path}", file=sys.stderr)
 
 

@@ -19,12 +19,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from lutserve import luts, machine
 from lutserve.compat import vllm_ops
+from lutserve.console import for_tables
 from lutserve.kernels import attention, library
 
 BLOCK = 128
@@ -161,7 +161,7 @@ def main(
             for who, (low, median, high) in timings.items()
         )
         table.add_row(name, ", ".join(cells).replace("[", r"\["))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    for_tables().print(table)
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"attention_{datetime.now():%Y-%m-%dT%H-%M-%S}.json"
     partial_path = path.with_suffix(".partial")

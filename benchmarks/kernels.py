@@ -19,11 +19,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lutserve import luts, machine
 from lutserve.compat import vllm_ops
+from lutserve.console import for_tables
 from lutserve.kernels import activation, library, mixq
 from lutserve.quant_methods.int8_gemm import Int8Gemm, OnednnGemm, VnniGemm
 
@@ -149,8 +149,7 @@ def main(
         table.add_row(
             name, ", ".join(f"{who} {m:g} ({low:g} - {high:g})" for who, (low, m, high) in timings.items())
         )
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 200)
+    for_tables().print(table)
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"kernels_{datetime.now():%Y-%m-%dT%H-%M-%S}.json"
     path.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")

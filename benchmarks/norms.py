@@ -18,12 +18,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lutserve import luts, machine
 from lutserve.benchmarks.kernels import Call, compare
 from lutserve.compat import vllm_ops
+from lutserve.console import for_tables
 from lutserve.kernels import activation, library, norm
 
 EPS = 1e-5
@@ -123,8 +123,7 @@ def main(
         results.append({"case": name, "microseconds_p20_median_p80": timings})
         text = (f"{who} {m:g} ({low:g} - {high:g})" for who, (low, m, high) in timings.items())
         table.add_row(name, ", ".join(text))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 200)
+    for_tables().print(table)
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"norms_{datetime.now():%Y-%m-%dT%H-%M-%S}.json"
     new = path.with_suffix(".tmp")

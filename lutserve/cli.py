@@ -186,9 +186,8 @@ def bench(
     ),
 ) -> None:
     """Measure throughput of several servers, interleaved. Every other flag goes to `lutserve serve`."""
-    from rich.console import Console
-
     from lutserve.benchmarks.serve import run
+    from lutserve.console import for_tables
 
     report = run(
         output=output,
@@ -199,16 +198,16 @@ def bench(
         server_args=context.args,
         together=None if restart is None else not restart,
     )
-    report.show(Console())
+    report.show(for_tables())
     print(f"written to {report.path}", file=sys.stderr)
 
 
 @app.command(name="models")
 def list_models() -> None:
     """List the model aliases, their sizes and which are on this machine."""
-    from rich.console import Console
     from rich.table import Table
 
+    from lutserve.console import for_tables
     from lutserve.models import rows
 
     table = Table(box=None, header_style="bold")
@@ -217,9 +216,7 @@ def list_models() -> None:
     for row in rows():
         size = f"{row.gigabytes:.1f} GB"
         table.add_row(row.alias, row.hub_id, f"{row.parameters:g} B", size, row.present, row.note)
-    console = Console()
-    # Into a pipe every name stays whole; a terminal folds the notes to its width.
-    console.print(table, width=None if console.is_terminal else 200)
+    for_tables().print(table)
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,14 +27,13 @@ def show(
 ) -> None:
     """Print the weight formats: values, codes, divisor, and the error on normal and heavy-tailed data."""
     import torch
-    from rich.console import Console
 
     from lutserve import formats
+    from lutserve.console import for_tables
 
     # Many small operations: more threads would only wait for each other.
     torch.set_num_threads(1)
-    # Into a pipe every column stays whole.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = for_tables()
     if name is None:
         rows = [_row(formats.get(known), group_size) for known in formats.NAMES]
         if as_json:

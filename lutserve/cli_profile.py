@@ -54,14 +54,12 @@ def ranges(
 
 
 def _show(report: dict[str, Any], layers: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from lutserve.console import for_tables
     from lutserve.profile.histogram import QUANTILES
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # into a pipe every number stays whole
+    console = for_tables()
     table = Table(box=None, header_style="bold")
     columns = ("min", *(f"{100 * share:g} %" for share in QUANTILES), "max")
     for heading in ("site", *(["module"] if layers else [])):

@@ -6,7 +6,6 @@ accepted beside our own; `docs/quantize.md` has the list.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -199,10 +198,10 @@ def _run(model: str | None, output: Path, settings: Settings, calibration: str) 
 
 
 def _inspect(folder: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from lutserve.checkpoint import Checkpoint
+    from lutserve.console import for_tables
 
     checkpoint = Checkpoint(folder)
     facts = checkpoint.facts()
@@ -216,8 +215,7 @@ def _inspect(folder: Path) -> None:
             "-" if error is None else f"{error:.2f}" for error in (layer.weight_sqnr, layer.output_sqnr)
         )
         table.add_row(layer.name, shape, f"{layer.bits:.3f}", f"{layer.bytes:,}", *errors)
-    # Into a pipe every column stays whole.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for_tables().print(table)
     weights = sum(layer.shape[0] * layer.shape[1] for layer in facts)
     stored = sum(layer.bytes for layer in facts)
     algo = checkpoint.report["settings"].get("algo", "unknown")

@@ -129,10 +129,11 @@ def test_recipe_layers_and_metrics(guarded: Server) -> None:
     assert get(guarded, "/lutserve/recipe").json() == from_flags(method="mix8", lut="nli-4").to_config()
     layers = get(guarded, "/lutserve/layers").json()
     assert {layer["group"] for layer in layers} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
-    assert all(layer["method"] == "mix8" and layer["kernel"].startswith("onednn int8") for layer in layers)
+    assert all(layer["method"] == "mix8" and layer["kernel"].startswith("int8 ") for layer in layers)
     text = get(guarded, "/metrics").text
     assert 'lutserve:recipe_info{choice="mix8",site="linear:default",table=""} 1.0' in text
     assert 'choice="nli-4",site="silu",table="' in text
+    assert 'choice="nli-4",site="softmax_exp",table="' in text
     assert 'lutserve:build_info{version="' in text
     assert 8 < metric(guarded, "lutserve:weight_bits_mean") < 12
     for name in ("lutserve:outlier_columns", "lutserve:outlier_misses_total"):
@@ -143,7 +144,7 @@ def test_start_up_lines_name_method_kernel_and_bits(guarded: Server) -> None:
     assert guarded.log
     log = guarded.log.read_text()
     for group in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
-        assert f"lutserve: {group} x2: method mix8, kernel onednn int8 + " in log
+        assert f"lutserve: {group} x2: method mix8, kernel int8 " in log
     assert "lutserve is ready at " in log and "client = OpenAI(" in log
 
 
