@@ -22,6 +22,7 @@ from lutserve.compat import (
 )
 from lutserve.errors import UserError
 from lutserve.kernels import library, lut_gemm
+from lutserve.kernels.pages import in_huge_pages
 from lutserve.methods import Method
 from lutserve.quant_methods.config import REPORTS, LayerReport
 from lutserve.quantizers import quantize_activations, rtn
@@ -118,7 +119,7 @@ class CodebookLinearMethod(LinearMethodBase):
         layer.register_parameter("weight", torch.nn.Parameter(torch.empty(0), requires_grad=False))
         by_panels = lut_gemm.pack_scales(scales)
         # As buffers: torch.compile then takes them for inputs, not for constants to copy.
-        layer.register_buffer("lut_indices", lut_gemm.pack(codes), persistent=False)
+        layer.register_buffer("lut_indices", in_huge_pages(lut_gemm.pack(codes)), persistent=False)
         layer.register_buffer("lut_scales", by_panels, persistent=False)
         layer.register_buffer("lut_table", table.to(torch.float32).view(1, 1, 16), persistent=False)
         self.n = len(codes)

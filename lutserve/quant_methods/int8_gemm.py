@@ -8,6 +8,7 @@ import torch
 
 from lutserve.compat import vllm_ops
 from lutserve.kernels import int8, library, mixq
+from lutserve.kernels.pages import in_huge_pages
 
 
 class Int8Gemm(Protocol):
@@ -40,7 +41,7 @@ class VnniGemm:
         """Pack codes int8 [N, K] with scales float32 [N]."""
         self.n, self.dtype = len(codes), dtype
         self.name = f"int8 {library.backend_for('int8_linear')}"
-        self.packed = int8.pack(codes)
+        self.packed = in_huge_pages(int8.pack(codes))
         self.scales = torch.zeros(len(self.packed) * int8.COLUMNS, dtype=torch.float32)
         self.scales[: self.n] = scales
 

@@ -1,0 +1,29 @@
+"""Weights in huge pages: streaming a weight through 4 KiB pages can cost half as much time again in a VM."""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+
+import torch
+
+#: bytes of a huge page on x86-64, and on ARM with 4 KiB pages
+_HUGE = 1 << 21
+
+
+def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy of a CPU tensor in huge pages, where the system gives them on request.
+
+    Smaller tensors than a page, and systems without `madvise`, get the tensor itself.
+    """
+    if tensor.nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return tensor
+    # Private memory: shared memory, mmap's default, takes huge pages only where the administrator says so.
+    region = mmap.mmap(-1, tensor.nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    # The tensor keeps the region alive.
+    raw = torch.frombuffer(region, dtype=torch.uint8)
+    begin = -raw.data_ptr() % _HUGE
+    copy = raw[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
