@@ -7,25 +7,20 @@ Every triple is timed in alternation and checked against vLLM's result first. Wr
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from lutserve import luts, machine
+from lutserve import luts
+from lutserve.benchmarks.record import report, spread
 from lutserve.compat import vllm_ops
-from lutserve.console import for_tables
-from lutserve.kernels import attention, library
+from lutserve.kernels import attention
 
 BLOCK = 128
 #: name -> query heads, kv heads, head size
@@ -116,11 +111,7 @@ def clock(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, 
             start = time.perf_counter()
             call()
             times[name].append(1e6 * (time.perf_counter() - start))
-    fifths = {name: statistics.quantiles(values, n=5) for name, values in times.items()}
-    return {
-        name: [round(q, 1) for q in (low[0], statistics.median(times[name]), low[3])]
-        for name, low in fifths.items()
-    }
+    return {name: spread(values) for name, values in times.items()}
 
 
 def cases(seconds: float) -> Iterator[tuple[str, dict[str, list[float]]]]:
@@ -143,31 +134,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="Seconds for each comparison.")] = 2.0,
 ) -> None:
     """Time everything, write the record, print the table."""
-    torch.set_num_threads(threads)
-    record = machine.collect() | {
-        "command": ["python", "-m", "lutserve.benchmarks.attention", *sys.argv[1:]],
-        "threads": threads,
-        "kernels": library.load(),
-    }
-    results: list[dict[str, Any]] = []
-    table = Table(
-        "case", "microseconds: median (p20 - p80), in brackets the speed relative to vLLM", box=None
-    )
-    for name, timings in cases(seconds):
-        results.append({"case": name, "microseconds_p20_median_p80": timings})
-        vllm = timings["vllm"][1]
-        cells = (
-            f"{who} {median:g} ({low:g} - {high:g}) [{vllm / median:.2f}x]"
-            for who, (low, median, high) in timings.items()
-        )
-        table.add_row(name, ", ".join(cells).replace("[", r"\["))
-    for_tables().print(table)
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"attention_{datetime.now():%Y-%m-%dT%H-%M-%S}.json"
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
-    partial_path.rename(path)
-    print(f"written to {path}", file=sys.stderr)
+    report("attention", cases(seconds), output, threads)
 
 
 if __name__ == "__main__":

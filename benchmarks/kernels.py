@@ -7,24 +7,19 @@ Every pair is timed in alternation and checked against the same reference first.
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
-from lutserve import luts, machine
+from lutserve import luts
+from lutserve.benchmarks.record import report, spread
 from lutserve.compat import vllm_ops
-from lutserve.console import for_tables
-from lutserve.kernels import activation, library, mixq
+from lutserve.kernels import activation, mixq
 from lutserve.quant_methods.int8_gemm import Int8Gemm, OnednnGemm, VnniGemm
 
 Call = Callable[[], torch.Tensor]
@@ -48,12 +43,7 @@ def compare(calls: Mapping[str, Call], tolerance: float) -> dict[str, list[float
             start = time.perf_counter()
             call()
             times[name].append(1e6 * (time.perf_counter() - start))
-    return {name: [round(q, 1) for q in _quantiles(values)] for name, values in times.items()}
-
-
-def _quantiles(values: list[float]) -> tuple[float, float, float]:
-    fifths = statistics.quantiles(values, n=5)
-    return fifths[0], statistics.median(values), fifths[3]
+    return {name: spread(values) for name, values in times.items()}
 
 
 def cases() -> Iterator[tuple[str, dict[str, list[float]]]]:
@@ -136,24 +126,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads to use.")] = 1,
 ) -> None:
     """Time everything, write the record, print the table."""
-    torch.set_num_threads(threads)
-    results: list[dict[str, Any]] = []
-    table = Table("case", "microseconds: median (p20 - p80)", box=None)
-    record = machine.collect() | {
-        "command": ["python", "-m", "lutserve.benchmarks.kernels", *sys.argv[1:]],
-        "threads": threads,
-        "kernels": library.load(),
-    }
-    for name, timings in cases():
-        results.append({"case": name, "microseconds_p20_median_p80": timings})
-        table.add_row(
-            name, ", ".join(f"{who} {m:g} ({low:g} - {high:g})" for who, (low, m, high) in timings.items())
-        )
-    for_tables().print(table)
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"kernels_{datetime.now():%Y-%m-%dT%H-%M-%S}.json"
-    path.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
-    print(f"written to {path}", file=sys.stderr)
+    report("kernels", cases(), output, threads)
 
 
 if __name__ == "__main__":

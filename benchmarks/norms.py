@@ -8,23 +8,19 @@ has but does not use there. Interleaved; every result is checked against the fir
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
-from lutserve import luts, machine
+from lutserve import luts
 from lutserve.benchmarks.kernels import Call, compare
+from lutserve.benchmarks.record import report
 from lutserve.compat import vllm_ops
-from lutserve.console import for_tables
-from lutserve.kernels import activation, library, norm
+from lutserve.kernels import activation, norm
 
 EPS = 1e-5
 #: rows, columns: one token, a batch, a prefill, and the heads of a prefill (q/k norm)
@@ -110,26 +106,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads to use.")] = 1,
 ) -> None:
     """Time everything, write the record, print the table."""
-    torch.set_num_threads(threads)
-    record = machine.collect() | {
-        "command": ["python", "-m", "lutserve.benchmarks.norms", *sys.argv[1:]],
-        "threads": threads,
-        "kernels": library.load(),
-        "unit": "microseconds, short cases ten calls together",
-    }
-    results: list[dict[str, Any]] = []
-    table = Table("case", "microseconds: median (p20 - p80)", box=None)
-    for name, timings in cases():
-        results.append({"case": name, "microseconds_p20_median_p80": timings})
-        text = (f"{who} {m:g} ({low:g} - {high:g})" for who, (low, m, high) in timings.items())
-        table.add_row(name, ", ".join(text))
-    for_tables().print(table)
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"norms_{datetime.now():%Y-%m-%dT%H-%M-%S}.json"
-    new = path.with_suffix(".tmp")
-    new.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
-    new.replace(path)
-    print(f"written to {path}", file=sys.stderr)
+    report("norms", cases(), output, threads, note="short cases: ten calls together")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 #include <cstring>
 #include <tuple>
 
+#include "simd.h"
 #include "tensor.h"
-#include "vec.h"
 
 namespace lutserve {
 namespace {
@@ -15,19 +15,8 @@ namespace {
 // Rows whose largest value is below this are zero: 127 / peak would leave fp32's range.
 constexpr float kTiny = 1e-30f;
 
-// Sixteen lanes by the compiler's vector extension, which it splits or not as the instruction set allows.
-using F32 = float __attribute__((vector_size(64)));
-using I32 = int32_t __attribute__((vector_size(64)));
 using I8 = int8_t __attribute__((vector_size(16)));
 constexpr I32 kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-template <class To, class From>
-To cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
 
 template <class T>
 struct Row {
