@@ -22,7 +22,7 @@ from lutserve import machine
 from lutserve.benchmarks import check
 from lutserve.benchmarks.fleet import commands, fit_together, fleet, model_paths, schedule
 from lutserve.benchmarks.report import Report
-from lutserve.benchmarks.workloads import PROVIDERS, WORKLOADS, Provider, Workload, choose
+from lutserve.benchmarks.workloads import WORKLOADS, Provider, Workload, choose, choose_providers
 from lutserve.errors import UserError
 from lutserve.server.client import CONSOLE, Server
 from lutserve.server.vllm_cli import COMMAND
@@ -46,8 +46,8 @@ def run(
     Args:
         output: folder, made if need be; also takes the servers' logs.
         model: alias, folder or hub id; default is a random Llama of 1.1 billion parameters, made once.
-        providers: names of `PROVIDERS`, the first is the baseline; default all (with `model`: all that can
-            serve it).
+        providers: names of `PROVIDERS` or of methods, the first is the baseline; default all of `PROVIDERS`
+            (with `model`: all that can serve it).
         workloads: names of `WORKLOADS`; default all.
         rounds: how often everything is measured, 1 or more.
         server_args: more flags of `lutserve serve` for all servers.
@@ -145,7 +145,7 @@ def agree(report: Report, provider: str, answers: dict[str, check.Answer]) -> No
 
 
 def _providers(names: Sequence[str] | None, model: str | None) -> list[Provider]:
-    chosen: list[Provider] = choose(names, PROVIDERS, "provider")
+    chosen: list[Provider] = choose_providers(names)
     if model is None:
         return chosen
     if names and any(provider.w8a8 for provider in chosen):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lutserve import methods
 from lutserve.errors import UserError
 
 
@@ -80,6 +81,22 @@ PROVIDERS: dict[str, Provider] = {
         Provider("mix8+nli-4", ("--method", "mix8", "--lut", "nli-4")),
     )
 }
+
+
+def choose_providers(names: Sequence[str] | None) -> list[Provider]:
+    """Return the providers called `names`, in that order (None: all): of PROVIDERS, or any `--method`.
+
+    Raises:
+        UserError: a name is neither.
+
+    """
+    named = {}
+    for name in PROVIDERS if names is None else names:
+        try:
+            named[name] = PROVIDERS.get(name) or Provider(methods.get(name).name, ("--method", name))
+        except UserError as error:
+            raise UserError(f"unknown provider {name!r}; allowed: {', '.join(PROVIDERS)}; {error}") from None
+    return list(named.values())
 
 
 def choose(names: Sequence[str] | None, known: Mapping[str, Any], kind: str) -> list[Any]:

@@ -170,7 +170,8 @@ def bench(
         typer.Option(help="Model folder; default: a random Llama of 1.1 B parameters, made once."),
     ] = None,
     providers: Annotated[
-        str | None, typer.Option(help="Servers to compare, comma separated, the baseline first.")
+        str | None,
+        typer.Option(help="Servers to compare, comma separated, the baseline first; a --method is one too."),
     ] = None,
     workloads: Annotated[str | None, typer.Option(help="Kinds of traffic, comma separated.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times every server meets every workload.")] = 3,

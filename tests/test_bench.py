@@ -18,7 +18,7 @@ from lutserve.benchmarks.fleet import commands, fit_together, schedule
 from lutserve.benchmarks.models import random_llama
 from lutserve.benchmarks.report import Report
 from lutserve.benchmarks.summary import Measurement, Row, summarize
-from lutserve.benchmarks.workloads import PROVIDERS, WORKLOADS, Provider, Workload, choose
+from lutserve.benchmarks.workloads import PROVIDERS, WORKLOADS, Provider, Workload, choose, choose_providers
 from lutserve.errors import UserError
 
 # decode: 8 requests at 20 ms a token each are 400 tokens a second, whatever the prefill took
@@ -99,10 +99,18 @@ def test_schedule_rotates_and_keeps_neighbours_together() -> None:
 
 
 def test_choose_keeps_the_asked_order_and_names_what_is_allowed() -> None:
-    assert [provider.name for provider in choose(["mix8", "bf16"], PROVIDERS, "provider")] == ["mix8", "bf16"]
+    assert [w.name for w in choose(["prefill", "decode-1"], WORKLOADS, "workload")] == ["prefill", "decode-1"]
     assert choose(None, WORKLOADS, "workload") == list(WORKLOADS.values())
-    with pytest.raises(UserError, match="unknown provider 'mix9'; allowed: bf16, vllm-w8a8, mix8"):
-        choose(["mix9"], PROVIDERS, "provider")
+    with pytest.raises(UserError, match="unknown workload 'decode-9'; allowed: decode-1"):
+        choose(["decode-9"], WORKLOADS, "workload")
+
+
+def test_a_provider_is_named_in_the_table_or_is_any_method() -> None:
+    assert choose_providers(["mix8+nli-4", "bf16"]) == [PROVIDERS["mix8+nli-4"], PROVIDERS["bf16"]]
+    assert choose_providers(None) == list(PROVIDERS.values())
+    assert choose_providers(["nf4+a8"]) == [Provider("nf4+a8", ("--method", "nf4+a8"))]
+    with pytest.raises(UserError, match="unknown provider 'mix9'; allowed: bf16, vllm-w8a8"):
+        choose_providers(["mix9"])
 
 
 def test_commands_put_the_users_flags_last() -> None:
