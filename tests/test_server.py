@@ -128,8 +128,16 @@ def test_every_route_but_health_needs_the_key(guarded: Server) -> None:
 def test_recipe_layers_and_metrics(guarded: Server) -> None:
     assert get(guarded, "/lutserve/recipe").json() == from_flags(method="mix8", lut="nli-4").to_config()
     layers = get(guarded, "/lutserve/layers").json()
-    assert {layer["group"] for layer in layers} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
-    assert all(layer["method"] == "mix8" and layer["kernel"].startswith("int8 ") for layer in layers)
+    assert {layer["group"] for layer in layers} == {
+        "qkv_proj",
+        "o_proj",
+        "gate_up_proj",
+        "down_proj",
+        "lm_head",
+    }
+    for layer in layers:
+        method = "none" if layer["group"] == "lm_head" else "mix8"
+        assert layer["method"] == method and layer["kernel"].startswith("int8 ") == (method == "mix8")
     text = get(guarded, "/metrics").text
     assert 'lutserve:recipe_info{choice="mix8",site="linear:default",table=""} 1.0' in text
     assert 'choice="nli-4",site="silu",table="' in text
