@@ -20,7 +20,7 @@ from lutserve import luts
 from lutserve.benchmarks.record import report, spread
 from lutserve.compat import vllm_ops
 from lutserve.kernels import activation, mixq
-from lutserve.quant_methods.int8_gemm import Int8Gemm, OnednnGemm, VnniGemm
+from lutserve.quant_methods.int8_gemm import FusedGemm, Int8Gemm, OnednnGemm, onednn_is_better
 
 Call = Callable[[], torch.Tensor]
 REPEATS = 15
@@ -100,7 +100,7 @@ def _gemms() -> Iterator[tuple[str, dict[str, list[float]]]]:
     codes = [torch.randint(-127, 128, (n, k), dtype=torch.int8) for _ in range(16)]
     gemms: dict[str, list[Int8Gemm]] = {
         "onednn": [OnednnGemm(q, weight_scales, torch.bfloat16) for q in codes],
-        "int8_linear": [VnniGemm(q, weight_scales, torch.bfloat16) for q in codes],
+        "int8_linear": [FusedGemm(q, weight_scales, torch.bfloat16) for q in codes],
     }
     for m in (1, 4, 8, 16, 64, 256, 1024):
         x, scales = torch.randint(-127, 128, (m, k), dtype=torch.int8), torch.rand(m, 1)

@@ -71,13 +71,13 @@ void run(const int8_t* codes, const float* scales, const uint16_t* side, int64_t
   });
   const int64_t panel_bytes = groups * kGroup * kColumns;
   torch::stable::parallel_for(0, panels, std::max<int64_t>(1, kGrain / panel_bytes), [&](int64_t begin, int64_t end) {
-    std::vector<float> wide(kWiden ? size_t(slots * kColumns) : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t column = i * kColumns;
-      const Panel panel{all.weight + i * panel_bytes, all.scales + column,  all.outliers + column,
-                        all.bias ? all.bias + column : nullptr, all.out + column, all.n,
-                        std::min(kColumns, all.n - column), wide.data()};
-      if constexpr (kWiden) widen_outliers<T>(panel, slots, wide.data());
+      Panel panel{all.weight + i * panel_bytes, all.scales + column,  all.outliers + column,
+                  all.bias ? all.bias + column : nullptr, all.out + column, all.n,
+                  std::min(kColumns, all.n - column), nullptr};
+      const std::vector<float> widened = widen_outliers<T>(panel, slots);
+      panel.wide = widened.data();
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t row = tiles.start(t);
         const Activations a{x + row * words, outliers + row * slots, scales + row, sums + row, groups, slots};

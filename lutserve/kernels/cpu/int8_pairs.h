@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "int8_tile.h"
 #include "simd.h"
@@ -16,8 +17,7 @@
 namespace lutserve {
 namespace {
 
-constexpr int kWords = 2;      // that hold one row's codes of a group: the pair of even ones, the pair of odd ones
-constexpr bool kWiden = true;  // few rows to a tile: the outliers' weights are widened once for all tiles
+constexpr int kWords = 2;  // that hold one row's codes of a group: the pair of even ones, the pair of odd ones
 
 inline void put(const int8_t* codes, int32_t* to, int64_t rows) {
   for (int odd = 0; odd < kWords; ++odd) {
@@ -139,14 +139,17 @@ __attribute__((always_inline)) inline void add_outliers(Float16* y, const Float1
   ((y[R] = fma(w, splat(side[R]), y[R])), ...);
 }
 
+// The outliers' weights of a panel in fp32, [slots][32]: once for all tiles, which have few rows.
 template <class T>
-void widen_outliers(const Panel& p, int64_t slots, float* wide) {
+std::vector<float> widen_outliers(const Panel& p, int64_t slots) {
+  std::vector<float> wide(size_t(slots * kColumns));
   for (int64_t s = 0; s < slots; ++s) {
     for (int64_t c = 0; c < kColumns; c += kLanes) {
       const int64_t left = std::clamp<int64_t>(p.width - c, 0, kLanes);
-      store_floats(wide + s * kColumns + c, load_some<T>(p.outliers + s * p.n + c, left));
+      store_floats(wide.data() + s * kColumns + c, load_some<T>(p.outliers + s * p.n + c, left));
     }
   }
+  return wide;
 }
 
 template <class T, size_t... R>

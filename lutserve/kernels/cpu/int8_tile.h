@@ -18,7 +18,7 @@ struct Panel {
   const uint16_t* bias;      // or null
   uint16_t* out;             // rows n apart
   int64_t n, width;
-  const float* wide;  // [slots][32], the outliers in fp32, if kWiden
+  const float* wide;  // [slots][32], see widen_outliers
 };
 
 struct Activations {
