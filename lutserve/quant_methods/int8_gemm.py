@@ -121,14 +121,15 @@ def choose(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Int
             f"int8 and mix8 take at most {int8.MOST_COLUMNS} input columns, this layer has {k}; "
             "choose another method for it"
         )
-    return (OnednnGemm if onednn_is_better() else FusedGemm)(codes, scales, dtype)
+    # Ours has no AMX tiles, which win; and on a CPU with VNNI but without BF16 ours is compiled without VNNI.
+    better = onednn_is_exact() and library.backend_for("int8_linear") != "cpu/avx512_bf16"
+    return (OnednnGemm if better else FusedGemm)(codes, scales, dtype)
 
 
-def onednn_is_better() -> bool:
-    """Whether oneDNN is exact here and faster than `lutserve::int8_linear`.
+def onednn_is_exact() -> bool:
+    """Whether oneDNN's int8 sums are exact on this CPU.
 
-    That is with AMX, whose tiles ours has not, and with AVX512-VNNI where ours is compiled without it. AVX-VNNI
-    alone (hybrid desktop CPUs) has exact instructions too, but whether oneDNN takes them for every shape has
-    not been checked, so ours serves.
+    AVX-VNNI alone (hybrid desktop CPUs) has exact instructions too, but whether oneDNN takes them for every
+    shape has not been checked, so the answer is no.
     """
-    return "avx512_vnni" in isa.cpu_flags() and library.backend_for("int8_linear") != "cpu/avx512_bf16"
+    return "avx512_vnni" in isa.cpu_flags()
