@@ -67,7 +67,7 @@ class OnednnGemm:
     """vLLM's prepacked oneDNN op, and a thin 16-bit GEMM for the outlier columns.
 
     Exact with AVX512-VNNI or AMX only: without them oneDNN adds pairs of products in int16, which saturates
-    (255 * 127 + 255 * 127 is twice its range), and on ordinary data is off by several percent.
+    (255 * 127 + 255 * 127 is twice its range).
     """
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
