@@ -1,8 +1,17 @@
-"""The int8 linear operator and the two GEMMs that mix8 can run on."""
+"""The int8 linear operator and the two GEMMs that mix8 can run on.
+
+Run as a script this file compares exact sums with the operator's, so that each instruction-set level gets a
+process of its own.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,8 +20,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
-from lutserve.kernels import int8, library
-from lutserve.quant_methods.int8_gemm import OnednnGemm, VnniGemm
+from test_act_and_mul import LEVELS
+
+from lutserve.errors import UserError
+from lutserve.kernels import int8, isa, library
+from lutserve.quant_methods import int8_gemm
+from lutserve.quant_methods.int8_gemm import FusedGemm, Int8Gemm, OnednnGemm
 
 DTYPES = [torch.float16, torch.bfloat16]
 #: rows, input and output columns, slots: whole tiles, single rows, odd remainders of every kind
@@ -99,14 +112,61 @@ def test_linear_equals_the_exact_result_rounded(
         assert ((out.double() - exact).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("extreme", [-127, 127])
-def test_the_longest_row_does_not_overflow(extreme: int) -> None:
-    k = int8.MOST_COLUMNS
-    codes = torch.full((1, k), extreme, dtype=torch.int8)
-    weight = torch.full((1, k), -127, dtype=torch.int8)
-    one, none = torch.ones(1, 1), torch.empty(1, 0, dtype=torch.bfloat16)
-    out = int8.linear(codes, one, int8.pack(weight), torch.ones(32), none, none.view(0, 1), None)
-    assert out.item() == torch.tensor(float(extreme * -127 * k)).bfloat16().item()
+#: values that alternate in a row; -128 is a code that no quantiser makes
+PATTERNS = [(127, 127), (-127, -127), (127, -127), (127, 0), (-128, -128)]
+
+
+def pattern(values: tuple[int, int], rows: int, k: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int8).repeat(rows, -(-k // 2))[:, :k].contiguous()
+
+
+def matrices() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Codes [M, K] and weights [N, K]: extremes, all small numbers of rows, odd sizes, the longest row."""
+    for a in PATTERNS:
+        for b in PATTERNS:
+            yield pattern(a, 5, 101), pattern(b, 35, 101)
+        yield pattern(a, 2, int8.MOST_COLUMNS), pattern((-127, -127), 3, int8.MOST_COLUMNS)
+        yield pattern(a, 2, int8.MOST_COLUMNS), pattern((-128, 127), 3, int8.MOST_COLUMNS)
+    for m in range(1, 41):
+        yield integers(m, 60 + m, seed=m), integers(7 + 3 * m, 60 + m, seed=99 + m)
+
+
+def residue(linear: Callable[..., torch.Tensor], codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return what is left of the int8 sums where outlier columns take the exact ones, in fp32, away: zeros.
+
+    An fp32 number is the sum of three bf16 ones, so three outlier columns a row do it without rounding, and
+    the result's own few bits hide nothing.
+    """
+    m, rest = len(codes), (codes.long() @ weight.long().T).float()
+    parts = []
+    for _ in range(3):
+        parts.append(-rest.bfloat16())
+        rest = rest + parts[-1].float()
+    assert not rest.any()
+    side, outliers = torch.eye(m).repeat(1, 3).bfloat16(), torch.cat(parts)
+    scales = torch.ones(-(-len(weight) // int8.COLUMNS) * int8.COLUMNS)
+    return linear(codes, torch.ones(m), int8.pack(weight), scales, side, outliers, None)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_sums_are_exact_at_every_level(level: str) -> None:
+    environment = {**os.environ, "LUTSERVE_ISA": level, "LUTSERVE_BACKEND": "cpu"}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == [f"cpu/{level}", [0.0] * len(list(matrices()))]
+
+
+def test_sums_of_the_reference_are_exact() -> None:
+    assert all(not residue(int8._reference, *pair).any() for pair in matrices())
+
+
+def test_residue_sees_a_sum_that_is_off_by_one() -> None:
+    codes, weight = integers(3, 90, seed=1), integers(5, 90, seed=2)
+    other = codes.clone()
+    other[1, 7] += 1
+    left = residue(lambda codes, *rest: int8.linear(other, *rest), codes, weight)
+    assert left[1].tolist() == weight[:, 7].tolist() and not left[[0, 2]].any()
 
 
 def test_the_scalar_rule_agrees() -> None:
@@ -162,11 +222,17 @@ def test_wrong_arguments_are_refused() -> None:
             int8.linear(*[bad if i == place else argument for i, argument in enumerate(good)])
 
 
-@pytest.mark.parametrize("gemm", [VnniGemm, OnednnGemm])
+ONEDNN = pytest.param(
+    OnednnGemm,
+    marks=pytest.mark.skipif(not int8_gemm.onednn_is_exact(), reason="oneDNN is not exact on this CPU"),
+)
+
+
+@pytest.mark.parametrize("gemm", [FusedGemm, ONEDNN])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "slots"), [(1, 0), (1, 16), (9, 16), (40, 32)])
 def test_both_gemms_compute_the_same(
-    gemm: type[VnniGemm] | type[OnednnGemm], dtype: torch.dtype, m: int, slots: int
+    gemm: type[FusedGemm] | type[OnednnGemm], dtype: torch.dtype, m: int, slots: int
 ) -> None:
     k, n = 96, 48
     weight, weight_scales = integers(n, k, seed=8), torch.rand(n) * 0.01
@@ -182,3 +248,59 @@ def test_both_gemms_compute_the_same(
     columns = torch.tensor([0, 95, 17])
     assert torch.equal(linear.columns(columns), (weight[:, columns].T * weight_scales).to(dtype))
     assert linear.columns(columns[:0]).shape == (0, n)
+
+
+def chosen(k: int = 8) -> Int8Gemm:
+    return int8_gemm.choose(torch.zeros(3, k, dtype=torch.int8), torch.ones(3), torch.bfloat16)
+
+
+@pytest.mark.parametrize("m", [1, 2, 9, 40])
+def test_the_gemm_of_this_machine_is_exact(m: int) -> None:
+    """One rounding of the exact sums, to the bit. oneDNN without VNNI is far off."""
+    k, n = 515, 70
+    for codes in (integers(m, k, seed=13), *(pattern(values, m, k) for values in PATTERNS[:4])):
+        for weight in (integers(n, k, seed=14), *(pattern(values, n, k) for values in PATTERNS[:4])):
+            gemm = int8_gemm.choose(weight, torch.ones(n), torch.bfloat16)
+            side, outliers = torch.empty(m, 0).bfloat16(), torch.empty(0, n).bfloat16()
+            out = gemm(codes, torch.ones(m, 1), side, outliers, None)
+            assert torch.equal(out, (codes.long() @ weight.long().T).bfloat16())
+
+
+def test_the_gemm_without_kernels_is_exact() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "gemm_of_this_machine"]
+    environment = {**os.environ, "LUTSERVE_BACKEND": "reference"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "backend", "gemm"),
+    [
+        ({"avx2"}, "cpu/avx2", FusedGemm),
+        ({"avx2", "avx_vnni"}, "cpu/avx2", FusedGemm),
+        ({"avx2", "avx512bw"}, "cpu/avx512", FusedGemm),
+        ({"avx2", "avx512bw", "avx512_vnni"}, "cpu/avx512", OnednnGemm),
+        (set(isa.AVX512_BF16.needs), "cpu/avx512_bf16", FusedGemm),
+        (set(isa.AMX.needs), "cpu/amx", OnednnGemm),
+        (set(), "cpu/portable", FusedGemm),
+        ({"avx2"}, "reference", FusedGemm),
+        (set(), "reference", FusedGemm),
+    ],
+)
+def test_which_gemm_serves_which_cpu(
+    flags: set[str], backend: str, gemm: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isa, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(library, "backend_for", lambda op: backend)
+    assert type(chosen()) is gemm
+
+
+def test_a_row_too_long_is_refused() -> None:
+    assert chosen(int8.MOST_COLUMNS).columns(torch.tensor([0])).shape == (1, 3)
+    with pytest.raises(UserError, match="at most 65536 input columns, this layer has 65537"):
+        chosen(int8.MOST_COLUMNS + 1)
+
+
+if __name__ == "__main__":
+    backend = library.load()
+    print(json.dumps([backend, [residue(int8.linear, *pair).abs().max().item() for pair in matrices()]]))

@@ -86,5 +86,6 @@ linear = define(
 codes: int8 [M, K], K at most 65536. scales: float32 [M] or [M, 1]. packed: uint8, see `pack`.
 weight_scales: float32 [N rounded up to a multiple of 32]. side: [M, S], outliers: [S, N] and bias: [N] or
 None, all float16 or all bfloat16, which is the result's dtype. S may be 0. All contiguous.
-The int8 sums are exact; the rest is fp32 in any order. RuntimeError if the arguments are not so.
+The int8 sums are exact for all codes, -128 included (`quantize_rows` makes none); the rest is fp32 in any
+order. RuntimeError if the arguments are not so.
 """

@@ -1,4 +1,4 @@
-"""The int8 GEMM under MixQ's layers: our own where it is the fastest, vLLM's prepacked one elsewhere."""
+"""The int8 GEMM under MixQ's layers: vLLM's prepacked one where it is exact and faster, else our own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 
 from lutserve.compat import vllm_ops
-from lutserve.kernels import int8, library, mixq
+from lutserve.errors import UserError
+from lutserve.kernels import int8, isa, library, mixq
 from lutserve.kernels.pages import in_huge_pages
 
 
@@ -34,8 +35,8 @@ class Int8Gemm(Protocol):
         """
 
 
-class VnniGemm:
-    """`lutserve::int8_linear`: everything in one pass, so short inputs cost one read of the weight."""
+class FusedGemm:
+    """`lutserve::int8_linear`: everything in one pass, so short inputs cost one read of the weight. Exact."""
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
         """Pack codes int8 [N, K] with scales float32 [N]."""
@@ -63,7 +64,11 @@ class VnniGemm:
 
 
 class OnednnGemm:
-    """vLLM's prepacked oneDNN op, and a thin 16-bit GEMM for the outlier columns: for all other machines."""
+    """vLLM's prepacked oneDNN op, and a thin 16-bit GEMM for the outlier columns.
+
+    Exact with AVX512-VNNI or AMX only: without them oneDNN adds pairs of products in int16, which saturates
+    (255 * 127 + 255 * 127 is twice its range).
+    """
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
         """Pack codes int8 [N, K] with scales float32 [N]."""
@@ -107,7 +112,24 @@ class OnednnGemm:
 
 
 def choose(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Int8Gemm:
-    """Pack a weight for the fastest int8 GEMM of this machine."""
-    # With AMX the tiles of oneDNN win; without VNNI our kernel is not compiled.
-    ours = library.backend_for("int8_linear") == "cpu/avx512_bf16" and codes.shape[1] <= int8.MOST_COLUMNS
-    return (VnniGemm if ours else OnednnGemm)(codes, scales, dtype)
+    """Pack a weight, int8 [N, K] with scales float32 [N], for the fastest exact int8 GEMM of this machine.
+
+    UserError if K is above `int8.MOST_COLUMNS`.
+    """
+    if (k := codes.shape[1]) > int8.MOST_COLUMNS:
+        raise UserError(
+            f"int8 and mix8 take at most {int8.MOST_COLUMNS} input columns, this layer has {k}; "
+            "choose another method for it"
+        )
+    # Ours has no AMX tiles, which win; and on a CPU with VNNI but without BF16 ours is compiled without VNNI.
+    better = onednn_is_exact() and library.backend_for("int8_linear") != "cpu/avx512_bf16"
+    return (OnednnGemm if better else FusedGemm)(codes, scales, dtype)
+
+
+def onednn_is_exact() -> bool:
+    """Whether oneDNN's int8 sums are exact on this CPU.
+
+    AVX-VNNI alone (hybrid desktop CPUs) has exact instructions too, but whether oneDNN takes them for every
+    shape has not been checked, so the answer is no.
+    """
+    return "avx512_vnni" in isa.cpu_flags()

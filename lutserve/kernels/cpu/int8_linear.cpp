@@ -1,25 +1,20 @@
-// lutserve::int8_linear for AVX512-VNNI: int8 activations x int8 weights, scales, outlier columns and bias
-// in one pass over the weight. Schema, meaning and the packed layout: kernels/int8.py.
+// lutserve::int8_linear: int8 activations x int8 weights, scales, outlier columns and bias in one pass over the
+// weight. Schema, meaning and the packed layout: kernels/int8.py.
 //
-// A tile is up to 12 rows by 32 columns, whose sums stay in registers for the whole of K. VNNI multiplies
-// unsigned by signed bytes, so the packed weight is code + 128 and 128 times the sum of the row's own codes
-// is taken off at the end.
-#if defined(__AVX512VNNI__)
-
-#include <cstring>
-#include <utility>
+// A tile is a few rows by the columns of a panel, whose sums stay in registers for the whole of K. The packed
+// weight is code + 128, and 128 times the sum of the row's own codes is taken off at the end.
 
 #include "tensor.h"
-#include "vec.h"
+#if defined(__AVX512VNNI__)
+#include "int8_vnni.h"
+#else
+#include "int8_pairs.h"
+#endif
 
 namespace lutserve {
 namespace {
 
-constexpr int kRows = 12;           // 24 sums, two weights and one activation: 27 of 32 registers
-constexpr int kVectors = 2;         // of 16 columns
-constexpr int64_t kColumns = kVectors * kLanes;
-constexpr int64_t kGroup = 4;       // bytes that one VNNI lane multiplies and adds
-constexpr int64_t kGrain = 1 << 17; // products a thread must have to be worth waking, in bytes of weight
+constexpr int64_t kGrain = 1 << 17;  // products a thread must have to be worth waking, in bytes of weight
 
 // Rows are regrouped by tiles: in a tile all rows' first four codes lie together, then all second fours, so
 // that the inner loop reads the activations in one stream too.
@@ -28,100 +23,6 @@ struct Tiles {
   explicit Tiles(int64_t rows) : m(rows), count((rows + kRows - 1) / kRows) {}
   int64_t start(int64_t tile) const { return tile * m / count; }
 };
-
-struct Panel {
-  const uint8_t* weight;     // [groups][32][4]
-  const float* scales;       // [32]
-  const uint16_t* outliers;  // [slots], n apart
-  const uint16_t* bias;      // or null
-  uint16_t* out;             // rows n apart
-  int64_t n, width;
-};
-
-struct Activations {
-  const int32_t* codes;  // [groups] of a tile's rows
-  const float* side;     // [slots] of a tile's rows
-  const float* scales;
-  const int32_t* sums;
-  int64_t groups, slots;
-};
-
-// The folds unroll before the compiler decides what lives in registers; a loop would leave the sums in memory.
-template <int R, size_t... I, size_t... V>
-__attribute__((always_inline)) inline void multiply(__m512i (&sum)[R * kVectors], const uint8_t* weight,
-                                                    const int32_t* codes, std::index_sequence<I...>,
-                                                    std::index_sequence<V...>) {
-  const __m512i w[kVectors] = {_mm512_loadu_si512(weight + V * 64)...};
-  ((sum[I] = _mm512_dpbusd_epi32(sum[I], w[I % kVectors], _mm512_set1_epi32(codes[I / kVectors]))), ...);
-}
-
-template <int R, size_t... I>
-__attribute__((always_inline)) inline void add_outliers(__m512 (&y)[R * kVectors], const __m512 (&w)[kVectors],
-                                                        const float* side, std::index_sequence<I...>) {
-  ((y[I] = _mm512_fmadd_ps(w[I % kVectors], _mm512_set1_ps(side[I / kVectors]), y[I])), ...);
-}
-
-template <size_t... I>
-__attribute__((always_inline)) inline void keep(const __m512i* sum, int32_t* to, std::index_sequence<I...>) {
-  (_mm512_store_si512(to + I * kLanes, sum[I]), ...);
-}
-
-template <size_t... I>
-__attribute__((always_inline)) inline void fetch(__m512* y, const float* from, std::index_sequence<I...>) {
-  ((y[I] = _mm512_load_ps(from + I * kLanes)), ...);
-}
-
-template <size_t... I>
-__attribute__((always_inline)) inline void keep(const __m512* y, float* to, std::index_sequence<I...>) {
-  (_mm512_store_ps(to + I * kLanes, y[I]), ...);
-}
-
-template <class T, int R>
-void tile(const Panel& p, const Activations& a, int64_t row) {
-  constexpr auto kAll = std::make_index_sequence<R * kVectors>{};
-  constexpr auto kOne = std::make_index_sequence<kVectors>{};
-  alignas(64) int32_t sums[R * kColumns];
-  alignas(64) float y[R * kColumns];
-  {
-    __m512i sum[R * kVectors] = {};
-    for (int64_t g = 0; g < a.groups; ++g) {
-      multiply<R>(sum, p.weight + g * kColumns * kGroup, a.codes + g * R, kAll, kOne);
-    }
-    keep(sum, sums, kAll);
-  }
-  __mmask16 mask[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t left = std::clamp<int64_t>(p.width - v * kLanes, 0, kLanes);
-    mask[v] = __mmask16((1u << left) - 1);
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      const __m512i exact = _mm512_sub_epi32(_mm512_load_si512(sums + r * kColumns + v * kLanes),
-                                             _mm512_set1_epi32(128 * a.sums[r]));
-      const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(a.scales[r]), _mm512_loadu_ps(p.scales + v * kLanes));
-      _mm512_store_ps(y + r * kColumns + v * kLanes, _mm512_mul_ps(_mm512_cvtepi32_ps(exact), scale));
-    }
-  }
-  const auto widened = [&](const uint16_t* from, int v) {
-    return widen<T>(_mm256_maskz_loadu_epi16(mask[v], from + v * kLanes)).v;
-  };
-  if (a.slots) {
-    __m512 total[R * kVectors];
-    fetch(total, y, kAll);
-    for (int64_t s = 0; s < a.slots; ++s) {
-      const __m512 w[kVectors] = {widened(p.outliers + s * p.n, 0), widened(p.outliers + s * p.n, 1)};
-      add_outliers<R>(total, w, a.side + s * R, kAll);
-    }
-    keep(total, y, kAll);
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      __m512 value = _mm512_load_ps(y + r * kColumns + v * kLanes);
-      if (p.bias) value = _mm512_add_ps(value, widened(p.bias, v));
-      _mm256_mask_storeu_epi16(p.out + (row + r) * p.n + v * kLanes, mask[v], narrow<T>(Float16{value}));
-    }
-  }
-}
 
 template <class T, int R = kRows>
 void tile_of(int64_t rows, const Panel& p, const Activations& a, int64_t row) {
@@ -136,11 +37,11 @@ void gather(const int8_t* codes, const uint16_t* side, int64_t rows, int64_t k, 
   const int64_t whole = k / kGroup, groups = (k + kGroup - 1) / kGroup;
   for (int64_t r = 0; r < rows; ++r) {
     const int8_t* row = codes + r * k;
-    for (int64_t g = 0; g < whole; ++g) std::memcpy(to + g * rows + r, row + g * kGroup, kGroup);
+    for (int64_t g = 0; g < whole; ++g) put(row + g * kGroup, to + g * kWords * rows + r, rows);
     if (groups > whole) {
       int8_t tail[kGroup] = {};
       std::memcpy(tail, row + whole * kGroup, size_t(k - whole * kGroup));
-      std::memcpy(to + whole * rows + r, tail, kGroup);
+      put(tail, to + whole * kWords * rows + r, rows);
     }
     for (int64_t s = 0; s < slots; ++s) side_to[s * rows + r] = float(T(side[r * slots + s], T::from_bits()));
     int32_t sum = 0;
@@ -154,7 +55,8 @@ void run(const int8_t* codes, const float* scales, const uint16_t* side, int64_t
          Panel all) {
   const Tiles tiles(m);
   const int64_t groups = (k + kGroup - 1) / kGroup, panels = (all.n + kColumns - 1) / kColumns;
-  const Tensor regrouped = empty({m, groups}, ScalarType::Int), wide = empty({m, slots}, ScalarType::Float);
+  const int64_t words = groups * kWords;  // of a row
+  const Tensor regrouped = empty({m, words}, ScalarType::Int), wide = empty({m, slots}, ScalarType::Float);
   const Tensor row_sums = empty({m}, ScalarType::Int);
   auto* x = static_cast<int32_t*>(regrouped.mutable_data_ptr());
   auto* outliers = static_cast<float*>(wide.mutable_data_ptr());
@@ -163,7 +65,7 @@ void run(const int8_t* codes, const float* scales, const uint16_t* side, int64_t
   torch::stable::parallel_for(0, tiles.count, tile_grain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t row = tiles.start(t), rows = tiles.start(t + 1) - row;
-      gather<T>(codes + row * k, side + row * slots, rows, k, slots, x + row * groups, outliers + row * slots,
+      gather<T>(codes + row * k, side + row * slots, rows, k, slots, x + row * words, outliers + row * slots,
                 sums + row);
     }
   });
@@ -171,12 +73,14 @@ void run(const int8_t* codes, const float* scales, const uint16_t* side, int64_t
   torch::stable::parallel_for(0, panels, std::max<int64_t>(1, kGrain / panel_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t column = i * kColumns;
-      const Panel panel{all.weight + i * panel_bytes, all.scales + column,  all.outliers + column,
-                        all.bias ? all.bias + column : nullptr, all.out + column, all.n,
-                        std::min(kColumns, all.n - column)};
+      Panel panel{all.weight + i * panel_bytes, all.scales + column,  all.outliers + column,
+                  all.bias ? all.bias + column : nullptr, all.out + column, all.n,
+                  std::min(kColumns, all.n - column), nullptr};
+      const std::vector<float> widened = widen_outliers<T>(panel, slots);
+      panel.wide = widened.data();
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t row = tiles.start(t);
-        const Activations a{x + row * groups, outliers + row * slots, scales + row, sums + row, groups, slots};
+        const Activations a{x + row * words, outliers + row * slots, scales + row, sums + row, groups, slots};
         tile_of<T>(tiles.start(t + 1) - row, panel, a, row);
       }
     }
@@ -207,7 +111,8 @@ Tensor int8_linear(const Tensor& codes, const Tensor& scales, const Tensor& pack
                   bias ? bits(*bias) : nullptr,
                   static_cast<uint16_t*>(out.mutable_data_ptr()),
                   n,
-                  kColumns};
+                  kColumns,
+                  nullptr};
   const auto launch = dtype == ScalarType::Half ? run<Half> : run<BFloat16>;
   if (m && n) {
     launch(static_cast<const int8_t*>(codes.const_data_ptr()), static_cast<const float*>(scales.const_data_ptr()),
@@ -223,5 +128,3 @@ STABLE_TORCH_LIBRARY_IMPL(lutserve, CPU, library) {
 }
 
 }  // namespace lutserve
-
-#endif

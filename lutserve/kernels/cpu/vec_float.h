@@ -30,6 +30,11 @@ inline void store_floats(float* p, Float16 x) {
   _mm512_storeu_ps(p, x.v);
 }
 
+// a * b + c, in one rounding where the instruction set has that.
+inline Float16 fma(Float16 a, Float16 b, Float16 c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+
 #elif defined(__AVX2__)
 
 inline Float16 splat(float x) {
@@ -51,6 +56,10 @@ inline Float16 load_floats(const float* p) {
 inline void store_floats(float* p, Float16 x) {
   _mm256_storeu_ps(p, x.low);
   _mm256_storeu_ps(p + 8, x.high);
+}
+
+inline Float16 fma(Float16 a, Float16 b, Float16 c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 
 #else
@@ -81,6 +90,10 @@ inline Float16 load_floats(const float* p) {
 
 inline void store_floats(float* p, const Float16& x) {
   std::memcpy(p, x.lane, sizeof(x.lane));
+}
+
+inline Float16 fma(const Float16& a, const Float16& b, const Float16& c) {
+  return plus(a * b, c);
 }
 
 #endif
