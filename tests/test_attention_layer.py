@@ -50,6 +50,8 @@ def building(model, monkeypatch):
         (Recipe(), False),
         (Recipe(luts={"silu": "nli-4", "rsqrt": "nli-4"}), False),
         (Recipe(luts={"softmax_exp": "exact"}), False),
+        (Recipe(luts={r"re:model\.layers\.\d+\.rsqrt": "nli-4"}), False),
+        (Recipe(luts={r"re:.*attn\.softmax_exp": "nli-4"}), True),
         (Recipe(luts={"softmax_exp": "nli-4"}), True),
         (Recipe(luts={"layers.1.softmax_recip": "nli-4"}), True),
         (Recipe(softmax_sum="float16"), True),
