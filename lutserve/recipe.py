@@ -257,7 +257,7 @@ def _check_pattern(target: str) -> None:
 _STACKS = ("model.layers", "model.decoder.layers", "language_model.model.layers", "transformer.h")
 _ACTIVATIONS = ("mlp.act_fn", "mlp.act", "mlp.experts", "activation_fn")
 _ATTENTIONS = ("self_attn.attn", "attn.attn")
-_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm", "ln_1", "ln_2")
+_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm", "ln_1")
 _MODULES: dict[str, tuple[str, ...]] = {
     "silu": _ACTIVATIONS,
     "gelu": _ACTIVATIONS,
