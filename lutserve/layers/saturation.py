@@ -43,6 +43,10 @@ class Counter(nn.Module):
         self.low, self.high = low, high
         self.register_buffer("total", torch.zeros(1, dtype=torch.int64), persistent=False)
 
+
+class InputCounter(Counter):
+    """Saturations of a site that sees its input as a tensor."""
+
     def forward(self, x: torch.Tensor) -> None:
         """Count in x."""
         count_outside(x, self.total, self.low, self.high)
@@ -82,7 +86,7 @@ def counter(module: str, site: str, function: str, spec: str) -> Counter | None:
     bounds = None if site in ("rsqrt", "softmax_recip") else luts.input_range(function, spec)
     if bounds is None:
         return None
-    COUNTERS[module, site] = (ScoreCounter if site == "softmax_exp" else Counter)(*bounds)
+    COUNTERS[module, site] = (ScoreCounter if site == "softmax_exp" else InputCounter)(*bounds)
     return COUNTERS[module, site]
 
 
