@@ -1,15 +1,18 @@
 """What our arithmetic costs in quality: perplexity of several recipes on the same windows of WikiText-2.
 
-    python -m lutserve.benchmarks.accuracy --data FOLDER [--windows 32] [-o out/accuracy]
+    python -m lutserve.benchmarks.accuracy --data FOLDER [--windows 32] [--dtype bfloat16] [-o out/accuracy]
+        [--recipes bf16,nli-4,mix8] [--recipes "exact=--method none" --recipes "nli-2=--lut nli-2"]
 
-FOLDER holds `wikitext2_test.raw.gz`. Windows of 2048 tokens, no overlap, as the papers have it. Writes one
-JSON record and prints one table.
+FOLDER holds `wikitext2_test.raw.gz`. Windows of 2048 tokens, no overlap, as the papers have it. The first
+recipe is what the others are compared with. Writes one JSON record and prints one table.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +22,7 @@ from rich.table import Table
 
 from lutserve import machine, models
 from lutserve.console import for_tables
+from lutserve.errors import UserError
 from lutserve.eval.ppl import Perplexity, perplexity, wikitext2
 from lutserve.server.client import running_server
 
@@ -30,6 +34,26 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "int8": ("--method", "int8"),
     "mix8": ("--method", "mix8"),
 }
+
+
+def chosen(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return recipes and their flags from --recipes: names of RECIPES with commas between, or NAME=FLAGS.
+
+    UserError for a name that has no flags, for a name given twice, and for flags that cannot be split.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        for part in [text] if "=" in text else text.split(","):
+            name, given, flags = part.strip().partition("=")
+            if not given and name not in RECIPES:
+                raise UserError(f"--recipes {name}: allowed are {', '.join(RECIPES)}, or NAME=FLAGS")
+            if not name or "/" in name or name in found:
+                raise UserError(f"--recipes {part}: {name!r} is no name, or is there twice")
+            try:
+                found[name] = tuple(shlex.split(flags)) if given else RECIPES[name]
+            except ValueError as error:
+                raise UserError(f"--recipes {part}: {error}") from None
+    return found or RECIPES
 
 
 def measure(flags: tuple[str, ...], text: str, windows: int | None, log: Path, model: str) -> Perplexity:
@@ -48,18 +72,30 @@ def main(
         "out/accuracy"
     ),
     model: Annotated[str, typer.Option(help="Alias, folder or hub id.")] = models.DEFAULT,
+    recipes: Annotated[
+        list[str] | None,
+        typer.Option(help="Names with commas between, or NAME=FLAGS of `lutserve serve`; may be repeated."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
 ) -> None:
     """Measure every recipe, write the record, print the table."""
+    if dtype not in ("bfloat16", "float16"):
+        raise typer.BadParameter(f"{dtype}; allowed: bfloat16, float16", param_hint="--dtype")
+    try:
+        flags_of = chosen(recipes or ())
+    except UserError as error:
+        raise typer.BadParameter(str(error), param_hint="--recipes") from None
     text = wikitext2(data)
     output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for name, flags in RECIPES.items():
-        found = measure(flags, text, windows, output / f"{name}.log", model)
+    for name, flags in flags_of.items():
+        found = measure(("--dtype", dtype, *flags), text, windows, output / f"{name}.log", model)
         rows.append({"recipe": name, "flags": flags, "perplexity": found.ppl, "nll": found.nll})
     base = rows[0]["perplexity"]
     for row in rows:
         row["ratio"] = row["perplexity"] / base
-    setting = {"model": model, "text": "WikiText-2 raw test", "window": WINDOW, "windows": windows}
+    setting: dict[str, Any] = {"model": model, "dtype": dtype, "text": "WikiText-2 raw test"}
+    setting |= {"window": WINDOW, "windows": windows}
     record = (
         machine.collect()
         | setting
@@ -67,7 +103,7 @@ def main(
     )
     path = output / f"accuracy_{datetime.now():%Y-%m-%dT%H-%M-%S}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    table = Table("recipe", "perplexity", "against bf16", box=None)
+    table = Table("recipe", "perplexity", f"against {rows[0]['recipe']}", box=None)
     for row in rows:
         table.add_row(row["recipe"], f"{row['perplexity']:.3f}", f"{row['ratio'] - 1:+.2%}")
     for_tables().print(table)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -147,10 +148,7 @@ class Recipe(BaseModel):
 
     def may_use(self, site: Site) -> bool:
         """Whether any target could give the site a table other than "exact" in some layer."""
-        return any(
-            spec != "exact" and (target.startswith("re:") or target.rpartition(".")[2] == site)
-            for target, spec in self.luts.items()
-        )
+        return any(spec != "exact" and site in _sites_of(target) for target, spec in self.luts.items())
 
     @property
     def quantizes(self) -> bool:
@@ -262,6 +260,34 @@ def _check_pattern(target: str) -> None:
             re.compile(target[3:])
         except re.error as error:
             raise ValueError(f"target {target!r} is no regular expression: {error}") from None
+
+
+#: where models have their decoder layers, and there the modules that read a site's table
+_STACKS = ("model.layers", "model.decoder.layers", "language_model.model.layers", "transformer.h")
+_ACTIVATIONS = ("mlp.act_fn", "mlp.act", "mlp.experts", "activation_fn")
+_ATTENTIONS = ("self_attn.attn", "attn.attn")
+_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm", "ln_1")
+_MODULES: dict[str, tuple[str, ...]] = {
+    "silu": _ACTIVATIONS,
+    "gelu": _ACTIVATIONS,
+    "softmax_exp": _ATTENTIONS,
+    "softmax_recip": _ATTENTIONS,
+    "rsqrt": _NORMS,
+}
+_LAYERS = 200  # more than any model has
+_OUTSIDE = ("model.norm.rsqrt", "transformer.ln_f.rsqrt", "model.decoder.final_layer_norm.rsqrt")
+
+
+@cache
+def _sites_of(target: str) -> frozenset[str]:
+    """Sites that a target may name: a regular expression all of them if it fits no name known here."""
+    if not target.startswith("re:"):
+        return frozenset({target.rpartition(".")[2]})
+    stems = [f"{stack}.{layer}" for stack in _STACKS for layer in range(_LAYERS)]
+    names = [f"{stem}.{site}" for stem in stems for site in SITES]
+    names += [f"{stem}.{part}.{site}" for stem in stems for site in SITES for part in _MODULES[site]]
+    found = {name.rpartition(".")[2] for name in (*names, *_OUTSIDE, *SITES) if _matches(target, name)}
+    return frozenset(found or SITES)
 
 
 def _matches(target: str, name: str) -> bool:

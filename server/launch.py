@@ -149,11 +149,35 @@ def check_model(config: Mapping[str, Any], served: Recipe, flags: Sequence[str])
         raise UserError(
             f"the model is already quantised ({foreign}); --method needs a 16-bit one, or use none"
         )
+    check_softmax(config, served)
     for layer in range(config.get("num_hidden_layers", 0)):
         for name, members in FUSED.items():
             stem = f"model.layers.{layer}.{name.rpartition('.')[0]}"
             # Raises where the parts of one fused layer are given different methods.
             served.group_for(f"model.layers.{layer}.{name}", [f"{stem}.{member}" for member in members])
+
+
+def check_softmax(config: Mapping[str, Any], served: Recipe) -> None:
+    """UserError if a model of this `config.json` has an attention that our softmax does not compute.
+
+    What a model's code alone knows is refused later, when its attention is built (`layers.attention`).
+    """
+    if not (served.may_use("softmax_exp") or served.may_use("softmax_recip")):
+        return
+    text = config.get("text_config") or config
+    kind = text.get("model_type")
+    found = {
+        "capped scores": text.get("attn_logit_softcapping"),
+        "attention sinks": kind == "gpt_oss"
+        or text.get("attention_sinks")
+        or text.get("add_swa_attention_sink_bias"),
+        "ALiBi": kind == "bloom" or text.get("alibi"),
+    }
+    if reasons := [reason for reason, true in found.items() if true]:
+        raise UserError(
+            f"softmax tables cannot serve this model: {', '.join(reasons)}; "
+            "use --lut-sites without softmax_exp and softmax_recip"
+        )
 
 
 def run(argv: list[str]) -> None:

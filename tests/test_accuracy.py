@@ -8,13 +8,29 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from lutserve.benchmarks.accuracy import RECIPES, measure
+from lutserve.benchmarks.accuracy import RECIPES, chosen, measure
+from lutserve.errors import UserError
 from lutserve.eval.ppl import wikitext2
 from lutserve.models import DEFAULT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+def test_recipes_by_name_and_by_flags() -> None:
+    assert chosen([]) == RECIPES
+    assert list(chosen(["mix8,bf16", "nli-4"])) == ["mix8", "bf16", "nli-4"]
+    found = chosen(["exact=--method none", "n = --lut nli-2 --lut-sites silu,softmax_exp"])
+    assert found["exact"] == ("--method", "none")
+    assert list(found.values())[1] == ("--lut", "nli-2", "--lut-sites", "silu,softmax_exp")
 
 
+@pytest.mark.parametrize("text", ["nli-3", "bf16,bf16", "=--lut nli-4", "../x=", "x=--lut 'nli-4", ""])
+def test_wrong_recipes_are_one_line(text: str) -> None:
+    with pytest.raises(UserError, match="--recipes") as refused:
+        chosen([text])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("windows", "published"),
     # windows of 2048 tokens, and transformers' perplexity in bf16 on them

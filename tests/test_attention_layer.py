@@ -1,7 +1,11 @@
 """Which attention classes vLLM gets for which recipe, and what our class refuses."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
+from attention_cases import batch
 from tiny import tiny_llama
 
 from lutserve.errors import UserError
@@ -15,7 +19,7 @@ from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from lutserve import luts, plugin
-from lutserve.layers import attention
+from lutserve.layers import attention, saturation
 from lutserve.layers.sites import REPORTS
 
 
@@ -23,6 +27,7 @@ from lutserve.layers.sites import REPORTS
 def _clean():
     yield
     REPORTS.clear()
+    saturation.COUNTERS.clear()
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +55,8 @@ def building(model, monkeypatch):
         (Recipe(), False),
         (Recipe(luts={"silu": "nli-4", "rsqrt": "nli-4"}), False),
         (Recipe(luts={"softmax_exp": "exact"}), False),
+        (Recipe(luts={r"re:model\.layers\.\d+\.rsqrt": "nli-4"}), False),
+        (Recipe(luts={r"re:.*attn\.softmax_exp": "nli-4"}), True),
         (Recipe(luts={"softmax_exp": "nli-4"}), True),
         (Recipe(luts={"layers.1.softmax_recip": "nli-4"}), True),
         (Recipe(softmax_sum="float16"), True),
@@ -125,3 +132,51 @@ def test_tables_by_layer():
     report = REPORTS["model.layers.3.self_attn.attn", "softmax_exp"]
     assert (report.spec, report.function) == ("nli-4", "softmax_exp")
     assert ("model.layers.1.self_attn.attn", "softmax_exp") not in REPORTS
+
+
+def outside(b, low, high):
+    """Differences from the maximum outside [low, high], key by key."""
+    found = 0
+    group = b.query.shape[1] // b.cache.shape[1]
+    for request, keys in enumerate(b.lengths.tolist()):
+        first, last = b.query_start[request : request + 2].tolist()
+        for row, head in itertools.product(range(first, last), range(b.query.shape[1])):
+            end = keys - (last - row) + 1
+            seen = b.keys[request][max(0, end - b.window) if b.window > 0 else 0 : end, head // group]
+            scores = [
+                sum(x * y for x, y in zip(b.query[row, head].tolist(), k, strict=True)) for k in seen.tolist()
+            ]
+            scores = [score * b.scale for score in scores]
+            found += sum(not low <= score - max(scores) <= high for score in scores)
+    return found
+
+
+CASES = [{}, {"window": 5}, {"dtype": torch.float16}, {"heads": (6, 1), "size": 64}]
+
+
+@pytest.mark.parametrize("options", CASES)
+@pytest.mark.parametrize("count", [True, False])
+def test_saturations_of_the_exponential(building, options, count):
+    """Through the layer, for the range of a table that comes with lutserve."""
+    b = batch([(1, 40), (20, 20), (0, 7), (3, 33)], **options, scale=32.0)
+    recipe = Recipe(luts={"layers.3.softmax_exp": "nnlut:16"}, count_saturations=count)
+    heads, kv_heads, size = b.query.shape[1], b.cache.shape[1], b.query.shape[2]
+    with building(recipe):
+        shape = {"num_heads": heads, "num_kv_heads": kv_heads, "head_size": size, "scale": b.scale}
+        impl = attention.LutAttentionImpl(**GOOD | shape | {"sliding_window": b.window or None})
+    steps = attention.LutMetadata(b.block_table, b.query_start, b.lengths)
+    for name in ("model.layers.3.self_attn.attn", "model.layers.4.self_attn.attn"):
+        layer = SimpleNamespace(layer_name=name)
+        impl.tables = None
+        out = torch.empty_like(b.query)
+        impl.forward(layer, b.query, b.query, b.query, b.cache, None, out)  # the warm-up run
+        for _ in range(2):
+            impl.forward(layer, b.query, b.query, b.query, b.cache, steps, out)
+    low, high = luts.input_range("softmax_exp", "nnlut:16")
+    expected = outside(b, low, high)
+    assert 0 < expected < b.query.shape[1] * (40 + 210 + 96)
+    assert saturation.totals() == ({"softmax_exp": 2 * expected} if count else {})
+
+
+def test_a_reciprocal_cannot_saturate():
+    assert saturation.counter("m", "softmax_recip", "reciprocal", "nli-4") is None

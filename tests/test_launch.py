@@ -110,3 +110,30 @@ def test_environment_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         assert os.environ["VLLM_PLUGINS"] == "mine,lutserve,lutserve_stats,lutserve_http"
         assert os.environ["DO_NOT_TRACK"] == "1"
         assert "HF_HUB_OFFLINE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, "capped scores"),
+        ({"text_config": {"model_type": "gemma4_text", "attn_logit_softcapping": 50.0}}, "capped scores"),
+        ({"model_type": "gpt_oss"}, "attention sinks"),
+        ({"model_type": "granite", "attention_sinks": True}, "attention sinks"),
+        ({"model_type": "mimo_v2_flash", "add_swa_attention_sink_bias": True}, "attention sinks"),
+        ({"model_type": "bloom"}, "ALiBi"),
+        ({"model_type": "falcon", "alibi": True}, "ALiBi"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": None}, None),
+        ({"model_type": "falcon", "alibi": False}, None),
+        ({"model_type": "llama"}, None),
+    ],
+)
+def test_attentions_that_our_softmax_does_not_compute(config: dict[str, object], reason: str | None) -> None:
+    """Refused from config.json, before anything is loaded, and only where softmax tables are asked for."""
+    launch.check_model(config, from_flags(lut="nli-4", lut_sites="silu,rsqrt"), [])
+    for sites in ("softmax_exp", "softmax_recip"):
+        if reason is None:
+            launch.check_model(config, from_flags(lut="nli-4", lut_sites=sites), [])
+            continue
+        with pytest.raises(UserError, match=f"{reason}; use --lut-sites without") as refused:
+            launch.check_model(config, from_flags(lut="nli-4", lut_sites=sites), [])
+        assert "\n" not in str(refused.value)

@@ -122,9 +122,31 @@ def test_tables_by_layer_and_module() -> None:
     assert made.lut_for("rsqrt", layer, f"{layer}.input_layernorm") == "nli-16"
     assert made.lut_for("rsqrt", "model.layers.2", "model.layers.2.input_layernorm") == "exact"
     assert made.lut_for("rsqrt", "", "model.norm") == "nli-32"
-    assert [made.may_use(site) for site in get_args(Site)] == [True, True, True, True, True]
+    assert [site for site in get_args(Site) if made.may_use(site)] == ["silu", "rsqrt"]
     plain = parse({"luts": {"layers.3.silu": "exact", "silu": "nli-4", "rsqrt": "exact"}})
     assert [site for site in get_args(Site) if plain.may_use(site)] == ["silu"]
+
+
+@pytest.mark.parametrize(
+    ("target", "sites"),
+    [
+        (r"re:model\.layers\.2[0-9]\.rsqrt", {"rsqrt"}),
+        (r"re:transformer\.h\.\d+\.attn\.attn\.softmax_exp$", {"softmax_exp"}),
+        (r"re:.*q_norm", {"rsqrt"}),
+        (r"re:.*\.norm\.", {"rsqrt"}),
+        (r"re:model\.layers\.3\.self_attn\.", {"softmax_exp", "softmax_recip", "rsqrt"}),
+        (r"re:model\.layers\.3\.", set(SITES)),
+        (r"re:(?!.*silu).*", set(SITES) - {"silu"}),
+        (r"re:.*\.softmax_", {"softmax_exp", "softmax_recip"}),
+        (r"re:.*layers\.199\.silu", {"silu"}),
+        # Names that nothing here knows: better to ask every site than to leave one exact in silence.
+        (r"re:blocks\.\d+\.silu", set(SITES)),
+    ],
+)
+def test_a_regular_expression_concerns_the_sites_that_it_can_name(target: str, sites: set[str]) -> None:
+    made = parse({"luts": {target: "nli-4"}})
+    assert {site for site in get_args(Site) if made.may_use(site)} == sites
+    assert not any(parse({"luts": {target: "exact"}}).may_use(site) for site in get_args(Site))
 
 
 def test_a_flag_goes_before_what_a_folder_carries_for_a_layer() -> None:

@@ -23,6 +23,8 @@ nothing, for every table and whatever their place in the cache holds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from lutserve.kernels.library import define
@@ -176,6 +178,29 @@ def _reference(
     _fake(
         query, cache, block_table, query_start, lengths, out, scale, window, exp_table, recip_table, fp16_sum
     )
+    for rows, scores, seen, values in scored(query, cache, block_table, query_start, lengths, scale, window):
+        weights, total = _weigh(scores, seen, exp_table)
+        weighted = _weighted(
+            weights.to(query.dtype) if query.dtype == torch.bfloat16 else weights, values, seen
+        )
+        result = divide(weighted, total[..., None], recip_table, fp16_sum)
+        out[rows] = result.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
+
+
+def scored(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    window: int,
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield the scores of each request; arguments as of `lut_attention`.
+
+    Yields the request's rows of `query`, scores float32 [kv heads, group, rows, keys], which keys a row sees
+    [rows, keys], and the values float32 [kv heads, keys, head size].
+    """
     kv_heads, block_size, width = cache.shape[1:]
     at = places(cache.dtype, block_size, width // 2)
     starts = query_start.tolist()
@@ -195,13 +220,7 @@ def _reference(
         if window > 0:
             seen &= place > last[:, None] - window
         grouped = query[rows].float().unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
-        scores = (grouped @ keys[:, None].transpose(2, 3)) * scale
-        weights, total = _weigh(scores, seen, exp_table)
-        weighted = _weighted(
-            weights.to(query.dtype) if query.dtype == torch.bfloat16 else weights, values, seen
-        )
-        result = divide(weighted, total[..., None], recip_table, fp16_sum)
-        out[rows] = result.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
+        yield rows, (grouped @ keys[:, None].transpose(2, 3)) * scale, seen, values
 
 
 def _weigh(

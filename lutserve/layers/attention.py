@@ -29,7 +29,7 @@ from lutserve.compat import (
 )
 from lutserve.errors import UserError
 from lutserve.kernels import attention, library
-from lutserve.layers import names
+from lutserve.layers import names, saturation
 from lutserve.layers.sites import REPORTS, SiteReport
 from lutserve.recipe import Recipe, Site
 
@@ -99,6 +99,7 @@ class LutAttentionImpl(CPUAttentionBackendImpl):
         assert recipe is not None, "vLLM has changed the recipe between get_impl_cls and the implementation"
         self.recipe = recipe
         self.tables: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
+        self.counter: saturation.Counter | None = None
 
     def do_kv_cache_update(
         self,
@@ -127,8 +128,13 @@ class LutAttentionImpl(CPUAttentionBackendImpl):
         # In the warm-up run, before any request: what is wrong with a table shows at the start.
         if self.tables is None:
             self.tables = load_tables(self.recipe, layer.layer_name)
+            self.counter = saturation.COUNTERS.get((layer.layer_name, "softmax_exp"))
         if attn_metadata is None:
             return output
+        if self.counter is not None:
+            m = attn_metadata
+            steps = m.block_table, m.query_start, m.lengths
+            self.counter(query, kv_cache, *steps, self.scale, self.sliding_window)
         attention.lut_attention(
             query,
             kv_cache,
@@ -168,7 +174,10 @@ def refuse(impl: CPUAttentionBackendImpl, vllm_config: Any) -> None:
 
 
 def load_tables(recipe: Recipe, module: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the fp16 tables [65536] of exp and reciprocal in an attention layer, None where exact."""
+    """Return the fp16 tables [65536] of exp and reciprocal in an attention layer, None where exact.
+
+    Reports them, and makes the counter of exp's saturations where the recipe asks for it.
+    """
     sites: dict[Site, str] = {"softmax_exp": "softmax_exp", "softmax_recip": "reciprocal"}
     found: list[torch.Tensor | None] = []
     specs: list[str] = []
@@ -181,6 +190,8 @@ def load_tables(recipe: Recipe, module: str) -> tuple[torch.Tensor | None, torch
         found.append(luts.lut_table(function, spec, torch.float16))
         identity = luts.table_id(function, spec, torch.float16)
         REPORTS[module, site] = SiteReport(site, module, function, spec, identity)
+        if recipe.count_saturations:
+            saturation.counter(module, site, function, spec)
     kernel = library.backend_for("lut_attention")
     logger.info_once(
         "lutserve: attention: %s, sum %s, kernel %s", ", ".join(specs), recipe.softmax_sum, kernel

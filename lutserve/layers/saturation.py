@@ -7,6 +7,7 @@ from torch import nn
 
 from lutserve import luts
 from lutserve.compat import in_dummy_run
+from lutserve.kernels.attention import scored
 from lutserve.kernels.library import define
 
 
@@ -42,9 +43,37 @@ class Counter(nn.Module):
         self.low, self.high = low, high
         self.register_buffer("total", torch.zeros(1, dtype=torch.int64), persistent=False)
 
+
+class InputCounter(Counter):
+    """Saturations of a site that sees its input as a tensor."""
+
     def forward(self, x: torch.Tensor) -> None:
         """Count in x."""
         count_outside(x, self.total, self.low, self.high)
+
+
+class ScoreCounter(Counter):
+    """Saturations of a softmax's exponential: seen scores minus their row's maximum, outside [low, high]."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        block_table: torch.Tensor,
+        query_start: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+        window: int,
+    ) -> None:
+        """Count in the scores of `kernels.attention.lut_attention`'s arguments, computed once more."""
+        group = query.shape[1] // cache.shape[1]
+        # Head by head: all scores at once could fill the memory.
+        for head in range(cache.shape[1]):
+            part = query[:, head * group : (head + 1) * group], cache[:, head : head + 1]
+            for _, scores, seen, _ in scored(*part, block_table, query_start, lengths, scale, window):
+                scores = scores.masked_fill(~seen, -torch.inf)
+                below = scores - scores.amax(-1, keepdim=True)
+                self.total += torch.count_nonzero(((below < self.low) | (below > self.high)) & seen)
 
 
 #: module and site -> its counter
@@ -53,11 +82,11 @@ COUNTERS: dict[tuple[str, str], Counter] = {}
 
 def counter(module: str, site: str, function: str, spec: str) -> Counter | None:
     """Return a new counter for a site, or None where no input can be outside or its range is unknown."""
-    # The range reduction of rsqrt leaves no input outside.
-    bounds = None if site == "rsqrt" else luts.input_range(function, spec)
+    # The range reduction of these two leaves no input outside.
+    bounds = None if site in ("rsqrt", "softmax_recip") else luts.input_range(function, spec)
     if bounds is None:
         return None
-    COUNTERS[module, site] = Counter(*bounds)
+    COUNTERS[module, site] = (ScoreCounter if site == "softmax_exp" else InputCounter)(*bounds)
     return COUNTERS[module, site]
 
 

@@ -93,11 +93,9 @@ struct Attention {
       for (int i = 0; i < C; ++i) right[i] = groups[g + i];
       in_runs<kRows>(rows, [&](auto r, int64_t row) {
         constexpr int R = decltype(r)::value;
-        F32 sum[R][C] = {};
+        Sums<C> sum[R] = {};
         multiply<P, R, C>(sum, q + row * p.size, p.size, right, kGroup, p.size);
-        for (int i = 0; i < R; ++i) {
-          for (int j = 0; j < C; ++j) store_f32(scores + (row + i) * kStride + (g + j) * kGroup, sum[i][j] * p.scale);
-        }
+        for (int i = 0; i < R; ++i) store_sums<C>(scores + (row + i) * kStride + g * kGroup, sum[i], p.scale);
       });
     });
     for (int64_t r = 0; r < rows; ++r) {
@@ -119,7 +117,7 @@ struct Attention {
     in_runs<kRows>(rows, [&](auto r, int64_t row) {
       in_runs<kColumns>(p.size / kLanes, [&](auto c, int64_t column) {
         constexpr int R = decltype(r)::value, C = decltype(c)::value;
-        F32 sum[R][C] = {};
+        Sums<C> sum[R] = {};
         for (int64_t g = in.begin / kGroup; g < in.end / kGroup; ++g) {
           const uint16_t* right[C];
           for (int i = 0; i < C; ++i) {
@@ -127,9 +125,7 @@ struct Attention {
           }
           multiply<P, R, C>(sum, weights + row * kStride + g * kGroup, kStride, right, p.size, kGroup);
         }
-        for (int i = 0; i < R; ++i) {
-          for (int j = 0; j < C; ++j) store_f32(part + (row + i) * p.size + (column + j) * kLanes, sum[i][j]);
-        }
+        for (int i = 0; i < R; ++i) store_sums<C>(part + (row + i) * p.size + column * kLanes, sum[i], 1);
       });
     });
     for (int64_t r = 0; r < rows; ++r) {
@@ -158,10 +154,11 @@ struct Attention {
         }
       }
       for (int64_t d = 0; d < p.size; d += kLanes) {
-        F32 sum[1][1] = {{load_f32(part + d)}};
+        Sums<1> sum[1];
+        std::memcpy(sum, part + d, sizeof(sum));
         const uint16_t* const right[1] = {values + d * P::kDepth};
         multiply<P, 1, 1>(sum, weights + g * kGroup, kStride, right, p.size, kGroup);
-        store_f32(part + d, sum[0][0]);
+        store_sums<1>(part + d, sum[0], 1);
       }
     }
   }
