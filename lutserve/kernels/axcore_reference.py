@@ -27,8 +27,8 @@ def product_tables(
     formats: tuple[fpma.Fp4, ...] = fpma.FP4, snc: bool = True, compensation: fpma.Compensation = True
 ) -> torch.Tensor:
     """`fpma.products` by activation: fp16 [T, 65536, 16]; cached and shared, do not write."""
-    tables = [fpma.products(fmt.name, snc, compensation).T for fmt in formats]
-    return torch.from_numpy(np.stack(tables).view(np.int16)).view(torch.float16)
+    tables = np.stack([fpma.products(fmt.name, snc, compensation) for fmt in formats])
+    return torch.from_numpy(tables.view(np.int16)).view(torch.float16).transpose(1, 2).contiguous()
 
 
 @cache

@@ -32,7 +32,7 @@ def axcore(
         group_size: input columns of a block, a divisor of K.
         dequant: as in `quantize`.
         x: [M, K] activations that the error is measured with. Without them it is the expected error for
-            independent activations of mean zero, which needs the weight alone.
+            independent activations of mean zero and exact scales, which needs the weight alone.
         precision: of the errors, float16 to reproduce the published choice (needs x).
         compensation: of the products, as in `fpma.products`.
 
@@ -45,7 +45,8 @@ def axcore(
         raise UserError(f"{len(half)} output rows are no multiple of {BLOCK}, the rows of a block")
     candidates = [quantize(half, fmt.name, group, dequant) for fmt in FP4]
     if x is None:
-        errors = expected_errors(half, candidates, compensation)
+        exact = [quantize(half, fmt.name, group) for fmt in FP4] if dequant == "fpma" else candidates
+        errors = expected_errors(half, exact, compensation)
     elif dequant == "exact" and precision == "float32":
         errors = gram_errors(half, candidates, x, compensation)
     else:

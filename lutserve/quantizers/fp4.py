@@ -1,6 +1,7 @@
 """Weights as 4-bit floats with a scale for every group of input columns, as in "AxCore" (MICRO'25).
 
-They are rounded to nearest. There is no zero point. In the FPMA variant quotients and products with a scale are FPMA as well.
+They are rounded to nearest. There is no zero point. In the FPMA variant quotients, and products with a scale,
+are FPMA as well.
 """
 
 from __future__ import annotations
