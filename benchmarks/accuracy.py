@@ -1,6 +1,6 @@
 """What our arithmetic costs in quality: perplexity of several recipes on the same windows of WikiText-2.
 
-    python -m lutserve.benchmarks.accuracy --data FOLDER [--windows 32] [-o out/accuracy]
+    python -m lutserve.benchmarks.accuracy --data FOLDER [--windows 32] [--recipes bf16,axcore] [-o out/accuracy]
 
 FOLDER holds `wikitext2_test.raw.gz`. Windows of 2048 tokens, no overlap, as the papers have it. Writes one
 JSON record and prints one table.
@@ -23,12 +23,16 @@ from lutserve.eval.ppl import Perplexity, perplexity, wikitext2
 from lutserve.server.client import running_server
 
 WINDOW = 2048
-#: recipe -> flags of `lutserve serve`; the first is the baseline
+_FP4 = ("mpfpma", "mpfpma-s", "mpfpma-sc", "axcore", "axcore-plus")
+#: recipe -> flags of `lutserve serve`
 RECIPES: dict[str, tuple[str, ...]] = {
     "bf16": ("--method", "none"),
     "nli-4": ("--method", "none", "--lut", "nli-4"),
     "int8": ("--method", "int8"),
     "mix8": ("--method", "mix8"),
+    "fp4_e2m1": ("--method", "fp4_e2m1", "--group-size", "64"),
+    **{name: ("--method", name) for name in _FP4},
+    **{f"{name}-strict": ("--method", name, "--numerics", "strict") for name in _FP4},
 }
 
 
@@ -48,12 +52,19 @@ def main(
         "out/accuracy"
     ),
     model: Annotated[str, typer.Option(help="Alias, folder or hub id.")] = models.DEFAULT,
+    recipes: Annotated[
+        str, typer.Option(help=f"Comma separated, the baseline first: {', '.join(RECIPES)}.")
+    ] = "bf16,nli-4,int8,mix8",
 ) -> None:
-    """Measure every recipe, write the record, print the table."""
+    """Measure the recipes, write the record, print the table."""
+    chosen = recipes.split(",")
+    if unknown := set(chosen) - RECIPES.keys():
+        raise typer.BadParameter(f"unknown recipes {', '.join(sorted(unknown))}")
     text = wikitext2(data)
     output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for name, flags in RECIPES.items():
+    for name in chosen:
+        flags = RECIPES[name]
         found = measure(flags, text, windows, output / f"{name}.log", model)
         rows.append({"recipe": name, "flags": flags, "perplexity": found.ppl, "nll": found.nll})
     base = rows[0]["perplexity"]
@@ -67,7 +78,7 @@ def main(
     )
     path = output / f"accuracy_{datetime.now():%Y-%m-%dT%H-%M-%S}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    table = Table("recipe", "perplexity", "against bf16", box=None)
+    table = Table("recipe", "perplexity", f"against {chosen[0]}", box=None)
     for row in rows:
         table.add_row(row["recipe"], f"{row['perplexity']:.3f}", f"{row['ratio'] - 1:+.2%}")
     for_tables().print(table)

@@ -194,10 +194,10 @@ def products(
     if form.mantissa == 0:
         return _exact_products(form, dtype)
     n = _magnitude(PATTERNS)
-    codes = np.arange(16, dtype=np.uint16)[:, None]
+    codes = np.arange(16)[:, None]
     added = [offset + constant(form, offset, compensation, dtype) for offset in offsets(form, snc, dtype)]
     nonzero = (n != 0) & (codes & 7 != 0)
-    return _signed(n + np.array(added * 2, dtype=np.int32)[:, None], PATTERNS ^ (codes << 12), nonzero)
+    return _signed(n + np.array(added * 2, dtype=np.int32)[:, None], _signs(), nonzero)
 
 
 def constant(fmt: Fp4, offset: int, chosen: Compensation, dtype: Format) -> int:
@@ -216,7 +216,7 @@ def _exact_products(fmt: Fp4, dtype: Format) -> U16:
 
 def _hardware_products(fmt: Fp4) -> U16:
     """Zeros keep their sign, and 15 bits wrap around below 0 as well."""
-    codes = np.arange(16, dtype=np.uint16)[:, None]
+    codes = np.arange(16)[:, None]
     base = _magnitude(PATTERNS) + _HARDWARE
     n = (base + np.array(offsets(fmt) * 2)[:, None]) & 0x7FFF
     kept = (_magnitude(PATTERNS) != 0) & (codes & 7 != 0)
@@ -224,5 +224,11 @@ def _hardware_products(fmt: Fp4) -> U16:
         half = codes & 7 == 1
         n = np.where(half, base & 0x7FFF, n)
         kept &= ~half | (base >> 9 & 1 == 1)
-    magnitude: U16 = np.where(kept, n, 0).astype(np.uint16)
-    return magnitude | ((PATTERNS ^ (codes << 12)) & 0x8000)
+    products: U16 = (np.where(kept, n, 0) | (_signs() & 0x8000)).astype(np.uint16)
+    return products
+
+
+def _signs() -> U16:
+    """The sign of each product [16, 65536], in the top bit."""
+    signs: U16 = PATTERNS ^ np.array([0] * 8 + [0x8000] * 8, dtype=np.uint16)[:, None]
+    return signs

@@ -67,8 +67,9 @@ def maps(shifts: Sequence[int], dtype: Format = "float16") -> U16:
     """
     n, infinity = (PATTERNS & 0x7FFF).astype(np.int32), _INFINITY[dtype]
     moved = np.minimum(n + np.array(shifts, dtype=np.int32)[:, None], infinity - 1)
-    table: U16 = np.where((n == 0) | (n > infinity), n, moved).astype(np.uint16)
-    return table | (PATTERNS & 0x8000)
+    magnitude = np.where((n == 0) | (n > infinity), n, moved)
+    table: U16 = (magnitude | (PATTERNS & 0x8000)).astype(np.uint16)
+    return table
 
 
 def log_maps(shifts: Sequence[int]) -> F32:

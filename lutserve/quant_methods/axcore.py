@@ -119,8 +119,8 @@ class AxcoreLinearMethod(_Loading):
             )
         if len(ARITHMETICS[self.method.name].formats) > 1 and any(part % BLOCK for part in parts):
             raise UserError(
-                f"{name}: {' + '.join(map(str, parts))} output rows are no multiples of {BLOCK}, the rows of a "
-                f"block of {self.method.name}; give this layer another method in a recipe"
+                f"{name}: {' + '.join(map(str, parts))} output rows are no multiples of {BLOCK}, the rows of "
+                f"a block of {self.method.name}; give this layer another method in a recipe"
             )
 
     def pack(self, weight: torch.Tensor) -> dict[str, Any]:
@@ -167,7 +167,9 @@ class AxcoreLinearMethod(_Loading):
                 _to_half(flat), weight, scales, types, products, group, self.n, fpma_dequant, bias
             )
         else:
-            mapped = torch.stack([activation.unary(flat, table) for table in layer.axcore_maps.unbind()])
+            mapped = torch.stack(
+                [activation.unary(flat, table) for table in layer.get_buffer("axcore_maps").unbind()]
+            )
             books = layer.axcore_codebooks
             out = lut_gemm.lut_gemm(mapped, weight, books, scales, types, group, self.n, bias, False)
         return out.to(x.dtype).view(*x.shape[:-1], self.n)
