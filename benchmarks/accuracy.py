@@ -1,6 +1,6 @@
 """What our arithmetic costs in quality: perplexity of several recipes on the same windows of WikiText-2.
 
-    python -m lutserve.benchmarks.accuracy --data FOLDER [--windows 32] [--recipes bf16,axcore] [-o out/accuracy]
+    python -m lutserve.benchmarks.accuracy --data FOLDER [--windows 32] [--recipes bf16,axcore] [-o FOLDER]
 
 FOLDER holds `wikitext2_test.raw.gz`. Windows of 2048 tokens, no overlap, as the papers have it. Writes one
 JSON record and prints one table.
