@@ -20,16 +20,16 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from lutserve import machine, models
+from lutserve import machine, methods, models
 from lutserve.console import for_tables
 from lutserve.errors import UserError
 from lutserve.eval.ppl import Perplexity, perplexity, wikitext2
 from lutserve.server.client import running_server
 
 WINDOW = 2048
-#: recipe -> flags of `lutserve serve`; the first is the baseline
+#: recipe -> flags of `lutserve serve`
 RECIPES: dict[str, tuple[str, ...]] = {
-    "bf16": ("--method", "none", "--linear16", "vllm"),
+    "bf16": ("--method", "none"),
     "nli-4": ("--method", "none", "--lut", "nli-4"),
     "int8": ("--method", "int8"),
     "mix8": ("--method", "mix8"),
@@ -37,7 +37,9 @@ RECIPES: dict[str, tuple[str, ...]] = {
 
 
 def chosen(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return recipes and their flags from --recipes: names of RECIPES with commas between, or NAME=FLAGS.
+    """Return recipes and their flags from --recipes: names with commas between, or NAME=FLAGS.
+
+    A name is one of RECIPES or of a method.
 
     UserError for a name that has no flags, for a name given twice, and for flags that cannot be split.
     """
@@ -45,15 +47,20 @@ def chosen(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for text in texts:
         for part in [text] if "=" in text else text.split(","):
             name, given, flags = part.strip().partition("=")
-            if not given and name not in RECIPES:
-                raise UserError(f"--recipes {name}: allowed are {', '.join(RECIPES)}, or NAME=FLAGS")
             if not name or "/" in name or name in found:
                 raise UserError(f"--recipes {part}: {name!r} is no name, or is there twice")
             try:
-                found[name] = tuple(shlex.split(flags)) if given else RECIPES[name]
+                found[name] = tuple(shlex.split(flags)) if given else _named(name)
             except ValueError as error:
                 raise UserError(f"--recipes {part}: {error}") from None
     return found or RECIPES
+
+
+def _named(name: str) -> tuple[str, ...]:
+    try:
+        return RECIPES.get(name) or ("--method", methods.get(name).name)
+    except UserError as error:
+        raise UserError(f"--recipes {name}: {', '.join(RECIPES)}, NAME=FLAGS, or a method; {error}") from None
 
 
 def measure(flags: tuple[str, ...], text: str, windows: int | None, log: Path, model: str) -> Perplexity:

@@ -48,7 +48,13 @@ RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="Recipe file
 MethodOption = Annotated[str | None, typer.Option("--method", help=_METHOD_HELP)]
 GroupOption = Annotated[
     str | None,
-    typer.Option("--group-size", help="Input columns that share a scale, -1: all. Default: 128."),
+    typer.Option(
+        "--group-size", help="Input columns that share a scale, -1: all. Default: 128, AxCore's methods 64."
+    ),
+]
+NumericsOption = Annotated[
+    str | None,
+    typer.Option("--numerics", help="AxCore's methods: fast (the default) or strict, the published sums."),
 ]
 LutOption = Annotated[
     str | None,
@@ -104,6 +110,7 @@ def serve(
     recipe: RecipeOption = None,
     method: MethodOption = None,
     group_size: GroupOption = None,
+    numerics: NumericsOption = None,
     lut: LutOption = None,
     lut_sites: SitesOption = None,
     softmax_sum: SumOption = None,
@@ -123,7 +130,7 @@ def serve(
         model = flags.pop(0)
     chosen = load(recipe) if recipe else None
     overrides = {"method": method, "group_size": group_size, "lut": lut, "lut_sites": lut_sites, "kv": kv}
-    overrides |= {"softmax_sum": softmax_sum, "linear16": linear16}
+    overrides |= {"numerics": numerics, "softmax_sum": softmax_sum, "linear16": linear16}
     overrides["count_saturations"] = "true" if lut_count_saturations else None
     run(model or models.DEFAULT, flags, chosen, **overrides)
 

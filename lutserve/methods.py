@@ -25,6 +25,12 @@ class Method:
     format: str = ""
     #: bits of the activations
     activations: int = 16
+    #: input columns that share a scale where a recipe does not say
+    group_size: int = 128
+
+
+def _axcore(name: str, summary: str) -> Method:
+    return Method(name, "axcore", summary, group_size=64)
 
 
 METHODS: dict[str, Method] = {
@@ -33,6 +39,13 @@ METHODS: dict[str, Method] = {
         Method("none", "linear16", "the model's own 16-bit weights"),
         Method("mix8", "mixq", "MixQ W8A8O16: int8 weights and activations, outlier columns in 16 bit"),
         Method("int8", "mixq", "W8A8: mix8 without outlier columns"),
+        _axcore("axcore", "AxCore: 4-bit floats, a format for each block, products by integer addition"),
+        _axcore("axcore-plus", "axcore with a compensation for each mantissa of the weight"),
+        _axcore("mpfpma", "the ablation of axcore with E2M1 only and nothing else"),
+        _axcore("mpfpma-s", "mpfpma with subnormal weights converted"),
+        _axcore("mpfpma-sc", "mpfpma-s with compensation"),
+        _axcore("fpma", "16-bit weights, products by integer addition with compensation, in fp16"),
+        _axcore("lmul", "fpma with the constant of L-Mul"),
     )
 }
 

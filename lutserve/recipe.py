@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lutserve import luts, methods
 from lutserve.errors import UserError
@@ -35,10 +35,31 @@ class Group(BaseModel):
     #: "Linear" (all), a module name or its last parts ("down_proj"), or "re:" and a regular expression
     targets: tuple[str, ...] = ("Linear",)
     method: str
-    #: input columns that share a scale, -1 for all; codebook methods only
+    #: input columns that share a scale, -1 for all; 4-bit methods only, by default as the method has it
     group_size: int = 128
+    #: AxCore's methods: the published order of sums to the bit, or sums in fp32
+    numerics: Literal["fast", "strict"] = "fast"
+    #: AxCore's methods, strict: how a group's sum meets its scale
+    dequant: Literal["exact", "fpma"] = "exact"
     #: whether the checkpoint holds the weights quantised, as `lutserve quantize` writes them
     stored: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "group_size" not in data and isinstance(data.get("method"), str):
+            return data | {"group_size": methods.get(data["method"]).group_size}
+        return data
+
+    @model_validator(mode="after")
+    def _valid_numerics(self) -> Group:
+        if self.numerics == "strict" and methods.get(self.method).family != "axcore":
+            raise ValueError(f"numerics strict is for AxCore's methods, not for {self.method}")
+        if self.dequant == "fpma" and self.numerics == "fast":
+            raise ValueError("dequant fpma needs numerics strict")
+        if self.stored and methods.get(self.method).family == "axcore":
+            raise ValueError(f"{self.method} quantises while it loads; there is no stored form")
+        return self
 
     @field_validator("method")
     @classmethod
@@ -202,6 +223,7 @@ def from_flags(
     base: Recipe | None = None,
     method: str | None = None,
     group_size: str | None = None,
+    numerics: str | None = None,
     lut: str | None = None,
     lut_sites: str | None = None,
     kv: str | None = None,
@@ -214,7 +236,8 @@ def from_flags(
     Args:
         base: recipe to start from.
         method: name for all linear layers inside the decoder blocks.
-        group_size: input columns that share a scale, for a codebook method.
+        group_size: input columns that share a scale, for a 4-bit method.
+        numerics: fast or strict, for AxCore's methods.
         lut: table for the sites of `lut_sites`.
         lut_sites: comma-separated site names; default those of DEFAULT_SITES.
         kv: KV cache scheme.
@@ -227,10 +250,12 @@ def from_flags(
     if method is not None:
         methods.get(method)
         config["config_groups"] = {} if method == "none" else {"default": {"method": method}}
-    if group_size is not None:
+    for key, value in (("group_size", group_size), ("numerics", numerics)):
+        if value is None:
+            continue
         if method in (None, "none"):
-            raise UserError(f"--group-size {group_size} needs --method to say which format has groups")
-        config["config_groups"]["default"]["group_size"] = group_size
+            raise UserError(f"--{key.replace('_', '-')} {value} needs --method to say which layers it is for")
+        config["config_groups"]["default"][key] = value
     if lut_sites is not None and lut is None:
         raise UserError(f"--lut-sites {lut_sites} needs --lut to say which table those sites use")
     if lut is not None:

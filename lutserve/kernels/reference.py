@@ -1,5 +1,6 @@
 """Executable specifications: what a method computes, in plain torch, without regard to speed.
 
+AxCore's is in a module of its own, `axcore_reference`.
 MixQ: "MixQ: Taming Dynamic Outliers in Mixed-Precision Quantization by Online Prediction", SC'24.
 """
 
@@ -8,6 +9,9 @@ from __future__ import annotations
 import torch
 
 from lutserve.errors import UserError
+from lutserve.kernels.axcore_reference import axcore_linear
+
+__all__ = ["SIGMA", "TINY", "MixqLinear", "axcore_linear", "quantize_rows", "quantize_rows_fp16"]
 
 #: |x| above this makes a column an outlier in the published algorithm
 SIGMA = 6.0
