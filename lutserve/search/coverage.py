@@ -26,18 +26,23 @@ def attribution(ceiling: float, shares: Sequence[float] | Vector) -> Vector:
     The values add up to `total`.
     """
     a = np.asarray(shares, dtype=np.float64)
-    # Exact for the polynomial up to twice as many factors as nodes.
-    nodes, weights = np.polynomial.legendre.leggauss(max(16, len(a) // 2 + 1))
-    t = (nodes + 1) / 2
-    factors = 1 - t[:, None] * a
-    others = factors.prod(1)[:, None] / factors
-    return np.asarray(ceiling * a * (weights / 2 @ others))
+    return ceiling * a * _integrals(a)
 
 
-def shares(ceiling: float, attributed: Sequence[float] | Vector, steps: int = 200) -> Vector:
+def shares(ceiling: float, attributed: Sequence[float] | Vector, steps: int = 1000) -> Vector:
     """The inverse of `attribution` by fixed-point iteration: the shares behind Aumann-Shapley values."""
-    value = np.asarray(attributed, dtype=np.float64)
-    a = value / ceiling
+    value = np.asarray(attributed, dtype=np.float64) / ceiling
+    a = value
     for _ in range(steps):
-        a = np.clip(a * value / np.where(value == 0, 1, attribution(ceiling, a)), -1, 1 - 1e-9)
+        before, a = a, np.clip(value / _integrals(a), -1, 1 - 1e-9)
+        if np.abs(a - before).max(initial=0) < 1e-14:
+            break
     return a
+
+
+def _integrals(a: Vector) -> Vector:
+    """For each i the integral over t in [0, 1] of prod_{j != i} (1 - t a_j)."""
+    # Exact for a polynomial of up to twice as many factors as nodes.
+    nodes, weights = np.polynomial.legendre.leggauss(max(8, len(a) // 2 + 1))
+    factors = 1 - (nodes[:, None] + 1) / 2 * a
+    return np.asarray((weights / 2) @ (factors.prod(1)[:, None] / factors), dtype=np.float64)
