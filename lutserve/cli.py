@@ -34,6 +34,7 @@ app.add_typer(cli_lut.app, name="lut")
 app.command(name="formats")(cli_formats.show)
 app.command(name="quantize")(cli_quantize.quantize)
 app.command(name="flops")(cli_search.flops)
+app.command(name="search")(cli_search.search)
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 

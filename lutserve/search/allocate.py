@@ -92,7 +92,8 @@ class Space:
     def _least(self) -> str:
         """The least of every budget that any choice has."""
         cheapest = {
-            u: min(self.candidates[u], key=lambda c, u=u: self.costs(u, c)["bits"]) for u in self.units
+            unit: min(candidates, key=lambda c: c.precision.bits(1 << 20, 1 << 20))
+            for unit, candidates in self.candidates.items()
         }
         least = self.size(cheapest)
         bops = sum(min(self.costs(u, c)["bops"] for c in self.candidates[u]) for u in self.units)
@@ -105,9 +106,8 @@ class Space:
 
     def size(self, choice: Choice) -> dict[str, float]:
         """Mean bits, bytes of the model, BOPs a token."""
-        stored = cost.stored(
-            self.arch, lambda layer, site: self._precisions(choice)[self.arch.prefix(layer, site)]
-        )
+        chosen = {name: candidate.precision for name, candidate in self.layers(choice).items()}
+        stored = cost.stored(self.arch, lambda layer, site: chosen[self.arch.prefix(layer, site)])
         return {
             "bits": stored["effective_bits_per_weight"],
             "bytes": stored["model_bytes"],
@@ -151,9 +151,6 @@ class Space:
     def layers(self, choice: Choice) -> dict[str, Candidate]:
         """The candidate of every fused layer."""
         return {name: choice[unit] for unit, names in self.units.items() for name in names}
-
-    def _precisions(self, choice: Choice) -> dict[str, Any]:
-        return {name: candidate.precision for name, candidate in self.layers(choice).items()}
 
     def _total(self, choice: Choice) -> dict[str, int]:
         costs = [self.costs(unit, candidate) for unit, candidate in choice.items()]

@@ -1,4 +1,7 @@
-"""Isolated output KL: the model with one unit changed, for every unit and candidate (ZeroQ, arXiv 2001.00281)."""
+"""Isolated output KL: the model with one unit changed, for every unit and candidate.
+
+Source: ZeroQ, arXiv 2001.00281, section 3.2.
+"""
 
 from __future__ import annotations
 
