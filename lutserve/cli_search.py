@@ -48,7 +48,7 @@ def search(
     budget: Annotated[
         list[str],
         typer.Option(
-            help="bits=X (mean, linear layers), bytes=X (model) or bops=X (linear layers, a token); repeatable."
+            help="bits=X (mean of the linear layers), bytes=X (model) or bops=X (a token); repeatable."
         ),
     ],
     candidates: Annotated[
@@ -58,9 +58,7 @@ def search(
     sensitivity: Annotated[
         str, typer.Option(help="How damage is predicted: fisher, kl, linear or block.")
     ] = "fisher",
-    granularity: Annotated[
-        str, typer.Option(help="What is chosen as one: site (fused layer) or block.")
-    ] = "site",
+    granularity: Annotated[str, typer.Option(help="What is chosen as one: site or block.")] = "site",
     data: Annotated[
         str,
         typer.Option(help="Text: a file (.txt, .jsonl, also .gz), c4, wikitext2, pile, pydoc or a data set."),

@@ -80,7 +80,7 @@ class Candidate:
         k, rest = divmod(whole, tensor_parallel) if cut else (whole, 0)
         if self.group_size != -1 and self.group_size % _OCTET and self.group_size < k:
             return False
-        return not cut or not (rest or self.group_size == -1 or k % min(self.group_size, k) or k % 2)
+        return not cut or not (rest or self.group_size == -1 or k % self.group_size or k % 2)
 
 
 def parse(names: str, group_size: int) -> list[Candidate]:
