@@ -16,7 +16,7 @@ from lutserve import recipe
 from lutserve.cli import app
 from lutserve.errors import UserError
 from lutserve.search import cost
-from lutserve.search.allocate import Choice, Space, parse_budgets
+from lutserve.search.allocate import Space, parse_budgets
 from lutserve.search.candidates import Candidate
 from lutserve.search.run import Settings, _space, search
 from lutserve.search.simulation import Simulation
@@ -83,7 +83,7 @@ def test_sizes_are_those_of_the_recipe(space: Space, folder: Path) -> None:
     "budgets", [{"bits": 6.0}, {"bytes": 400_000.0}, {"bops": 3e7}, {"bits": 9, "bops": 2e7}]
 )
 def test_budgets_are_kept_and_used(space: Space, budgets: dict[str, float]) -> None:
-    choice, loss = space.best(damage(space), budgets)
+    choice, _ = space.best(damage(space), budgets)
     size = space.size(choice)
     assert all(size[name] <= cap for name, cap in budgets.items()) and space.fits(choice, budgets)
     # No single layer could be given more.

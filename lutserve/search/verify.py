@@ -62,7 +62,9 @@ def agreement(rows: Sequence[Row]) -> dict[str, float | None]:
     """
     from scipy.stats import kendalltau
 
-    tau = float(kendalltau([row.predicted for row in rows], [row.kl for row in rows]).statistic)
+    tau = math.nan
+    if len(rows) > 1:
+        tau = float(kendalltau([row.predicted for row in rows], [row.kl for row in rows]).statistic)
     first = rows[0]
     return {
         "tau": None if math.isnan(tau) else tau,
