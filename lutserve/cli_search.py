@@ -56,7 +56,7 @@ def search(
     ] = "int4,nf4,sf4_5,int8,none",
     group_size: Annotated[int, typer.Option(help="Input columns that share a scale, -1: all.")] = 128,
     sensitivity: Annotated[
-        str, typer.Option(help="How damage is predicted: fisher, kl, linear or block.")
+        str, typer.Option(help="How damage is predicted: fisher, kl, linear, block or seed-mpl.")
     ] = "fisher",
     granularity: Annotated[str, typer.Option(help="What is chosen as one: site or block.")] = "site",
     data: Annotated[

