@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from lutserve import __version__, cli_formats, cli_lut, cli_profile, cli_quantize, env
+from lutserve import __version__, cli_formats, cli_lut, cli_profile, cli_quantize, cli_search, env
 from lutserve.errors import UserError
 from lutserve.methods import FORMATS, METHODS
 from lutserve.torchvision_guard import hide_broken_torchvision
@@ -33,6 +33,8 @@ app.add_typer(cli_profile.app, name="profile")
 app.add_typer(cli_lut.app, name="lut")
 app.command(name="formats")(cli_formats.show)
 app.command(name="quantize")(cli_quantize.quantize)
+app.command(name="flops")(cli_search.flops)
+app.command(name="search")(cli_search.search)
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
