@@ -1,6 +1,6 @@
 """What formats and quantisers cost in quality: perplexity of a model quantised in each way, in fp32.
 
-    python -m lutserve.benchmarks.quantizers --data FOLDER [--windows 4] [-o out/quantizers]
+    python -m lutserve.benchmarks.quantizers --data FOLDER [--windows 3] [-o out/quantizers]
 
 FOLDER holds `wikitext2_test.raw.gz` and, for gptq and awq, `c4_train_head1000.jsonl.gz`. A cell is
 `FORMAT:ALGO` or `FORMAT+a4:ALGO`, `none` is the model itself. Weights are dequantised and computed with by
@@ -38,8 +38,8 @@ WINDOW = 2048
 FORMATS = ("int4", "nf4", "sf4_5")
 CELLS = (
     "none",
-    *(f"{name}:{algo}" for algo in ("rtn", "gptq", "awq") for name in FORMATS),
-    *(f"{name}+a4:rtn" for name in FORMATS),
+    *(f"{name}{activations}:rtn" for activations in ("", "+a4") for name in FORMATS),
+    *(f"{name}:{algo}" for algo in ("gptq", "awq") for name in FORMATS),
 )
 
 
@@ -99,9 +99,9 @@ def measure(model: Path, cell: str, windows: list[list[int]], samples: int, fold
 
 def main(
     data: Annotated[Path, typer.Option(help="Folder with the evaluation data.")],
-    windows: Annotated[int, typer.Option(min=1, help="Windows to score, from the start.")] = 4,
+    windows: Annotated[int, typer.Option(min=1, help="Windows to score, from the start.")] = 3,
     cells: Annotated[str, typer.Option(help="Cells, comma separated.")] = ",".join(CELLS),
-    samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens from C4.")] = 24,
+    samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens from C4.")] = 16,
     threads: Annotated[int, typer.Option(help="Threads to use.")] = 1,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for record and models.")] = Path(
         "out/quantizers"

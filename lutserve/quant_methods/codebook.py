@@ -16,7 +16,6 @@ from lutserve.compat import (
     BasevLLMParameter,
     GroupQuantScaleParameter,
     LinearMethodBase,
-    ModelWeightParameter,
     PackedvLLMParameter,
     register_weight_loader_v2_supported_method,
 )
@@ -24,6 +23,7 @@ from lutserve.errors import UserError
 from lutserve.kernels import library, lut_gemm
 from lutserve.kernels.pages import in_huge_pages
 from lutserve.methods import Method
+from lutserve.quant_methods import online
 from lutserve.quant_methods.config import REPORTS, LayerReport
 from lutserve.quantizers import quantize_activations, rtn
 from lutserve.recipe import Group
@@ -53,6 +53,7 @@ class CodebookLinearMethod(LinearMethodBase):
         self.format = formats.get(method.format)
         self.a8, self.a4 = method.activations == 8, method.activations == 4
         self.stored, self.group_size = group.stored, group.group_size
+        self.uses_meta_device = not group.stored
         self.report = report
 
     def create_weights(
@@ -71,9 +72,7 @@ class CodebookLinearMethod(LinearMethodBase):
         self._check(k, input_size)
         group = self.group_size = k if self.group_size == -1 else min(self.group_size, k)
         if not self.stored:
-            weight = torch.empty(n, k, dtype=params_dtype)
-            parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
-            layer.register_parameter("weight", parameter)
+            online.create_weight(layer, n, k, params_dtype, loader)
             return
         indices, scales = torch.empty(n, -(-k // 2), dtype=torch.uint8), torch.empty(n, -(-k // group))
         layer.register_parameter(
@@ -106,17 +105,20 @@ class CodebookLinearMethod(LinearMethodBase):
         """Quantise what is not quantised yet, pack, and let the loaded tensors go."""
         if self.stored:
             codes, scales, table = self._stored(layer)
-            names = ["weight_packed", "weight_scale", "weight_codebook"]
+            for name in ("weight_packed", "weight_scale", "weight_codebook"):
+                delattr(layer, name)
+            # vLLM's own code looks for one.
+            layer.register_parameter("weight", torch.nn.Parameter(torch.empty(0), requires_grad=False))
         else:
-            quantized = rtn(layer.get_parameter("weight").data, self.format, self.group_size)
+            weight = online.take_weight(layer)
+            if weight is None:
+                return
+            quantized = rtn(weight, self.format, self.group_size)
             codes, scales = quantized.codes, quantized.scales
-            table, names = torch.tensor(self.format.table), ["weight"]
+            table = torch.tensor(self.format.table)
         if self.a8:
             image = self.format.int8_table()
             table, scales = torch.tensor(image.values), scales * image.scale
-        for name in names:
-            delattr(layer, name)
-        layer.register_parameter("weight", torch.nn.Parameter(torch.empty(0), requires_grad=False))
         by_panels = lut_gemm.pack_scales(scales)
         # As buffers: torch.compile then takes them for inputs, not for constants to copy.
         layer.register_buffer("lut_indices", in_huge_pages(lut_gemm.pack(codes)), persistent=False)
