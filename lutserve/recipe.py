@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lutserve import luts, methods
+from lutserve import formats, luts, methods
 from lutserve.errors import UserError
 
 Site = Literal["silu", "gelu", "softmax_exp", "softmax_recip", "rsqrt"]
@@ -33,17 +33,42 @@ class Group(BaseModel):
 
     #: "Linear" (all), a module name or its last parts ("down_proj"), or "re:" and a regular expression
     targets: tuple[str, ...] = ("Linear",)
+    #: a name of `lutserve.methods`; FILE.json is read at once, and replaced by the name and values in it
     method: str
+    #: the values of a learned codebook, so that a recipe works where the file is not
+    values: tuple[float, ...] | None = None
     #: input columns that share a scale, -1 for all; codebook methods only
     group_size: int = 128
     #: whether the checkpoint holds the weights quantised, as `lutserve quantize` writes them
     stored: bool = False
 
-    @field_validator("method")
+    @model_validator(mode="before")
     @classmethod
-    def _known_method(cls, value: str) -> str:
-        methods.get(value)
-        return value
+    def _read_codebook(cls, data: Any) -> Any:
+        name = data.get("method") if isinstance(data, dict) else None
+        if not isinstance(name, str) or data.get("values") is not None:
+            return data
+        base, option = methods.split(name)
+        if not base.endswith(".json"):
+            return data
+        codebook = formats.get(base)
+        return data | {"method": f"{codebook.name}+{option}".rstrip("+"), "values": codebook.values}
+
+    @model_validator(mode="after")
+    def _known_method(self) -> Group:
+        assert self.arithmetic
+        return self
+
+    @property
+    def arithmetic(self) -> methods.Method:
+        """The method."""
+        return methods.get(self.method, self.values)
+
+    @property
+    def codebook(self) -> formats.Codebook:
+        """The format of the weights, for a method that has one."""
+        name = self.arithmetic.format
+        return formats.Codebook(name, self.values) if self.values else formats.get(name)
 
     @field_validator("group_size")
     @classmethod

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from lutserve import formats, methods
+from lutserve.checkpoint import layer_tensors
 from lutserve.errors import UserError
 from lutserve.kernels import library
 from lutserve.quant_methods import codebook
@@ -137,10 +138,25 @@ def test_a_stored_fused_layer_equals_its_parts() -> None:
     assert not {"weight_packed", "weight_scale", "weight_codebook"} & set(dict(layer.named_parameters()))
 
 
+def test_a_stored_learned_codebook_needs_no_file() -> None:
+    weight, x = weight_and_input()
+    learned = formats.Codebook("mine", (-1.0, -0.3, 0.0, 0.2, 0.9))
+    group = Group(method="mine", values=learned.values, group_size=64, stored=True)
+    layer = torch.nn.Module()
+    linear = codebook.linear_method(group.arithmetic, group, LayerReport("layer", "mine"))
+    linear.create_weights(layer, K, [N], K, N, torch.bfloat16, weight_loader=None)
+    quantized = rtn(weight, learned, 64)
+    for name, tensor in layer_tensors("x", quantized).items():
+        layer.get_parameter(name.removeprefix("x.")).load_column_parallel_weight(tensor)
+    linear.process_weights_after_loading(layer)
+    exact = x.double() @ quantized.dequantize().double().T
+    assert relative_error(linear.apply(layer, x), exact) < 4e-3
+
+
 def test_parts_with_different_tables_are_refused() -> None:
     layer, linear = build("nf4", [32, 16], stored=True)
     layer.weight_codebook.data.copy_(torch.stack([torch.arange(16.0), torch.arange(16.0) + 1]))
-    with pytest.raises(UserError, match="different tables"):
+    with pytest.raises(UserError, match=r"different tables, .*; quantise all parts of a fused layer to one"):
         linear.process_weights_after_loading(layer)
 
 
@@ -175,3 +191,15 @@ def test_under_torch_compile() -> None:
     load(layer, weight)
     compiled = torch.compile(lambda t: linear.apply(layer, t * 1), fullgraph=True)(x)
     assert torch.equal(compiled, linear.apply(layer, x))
+
+
+def test_large_weights_are_packed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = weight_and_input()
+    whole, _ = build("nf4", [N], group_size=64)
+    load(whole, weight)
+    monkeypatch.setattr(codebook, "_PIECE", 1)
+    pieces, linear = build("nf4", [N], group_size=64)
+    load(pieces, weight)
+    assert torch.equal(pieces.lut_indices, whole.lut_indices)
+    assert torch.equal(pieces.lut_scales, whole.lut_scales)
+    assert torch.equal(linear.apply(pieces, x), whole.quant_method.apply(whole, x))

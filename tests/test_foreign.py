@@ -182,7 +182,7 @@ def test_scales_that_are_folded_are_taken_out() -> None:
     weight = torch.randn(64, 96, generator=generator)
     rows, columns = (torch.rand(size, generator=generator) + 0.5 for size in (64, 96))
     folded = weight * rows[:, None] * columns
-    assert sqnr(folded, scaled_like(weight, folded)) > 100
+    assert sqnr(folded, scaled_like(weight, folded)) > 90
     rounded = rtn(folded, "nf4", 32).dequantize()
     assert sqnr(scaled_like(weight, rounded), rounded) == pytest.approx(sqnr(folded, rounded), abs=0.3)
 
