@@ -60,6 +60,8 @@ def get(name: str, values: tuple[float, ...] | None = None) -> Method:
     try:
         codebook = formats.get(base)
     except UserError:
+        if base.endswith(".json"):
+            raise
         near = difflib.get_close_matches(base, [*METHODS, *formats.NAMES], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"unknown method {name!r}; {hint}allowed: {', '.join(METHODS)}, {FORMATS}") from None

@@ -107,6 +107,13 @@ class Recipe(BaseModel):
     count_saturations: bool = False
     kv_cache_scheme: Literal["exact"] = "exact"
 
+    @field_validator("ignore")
+    @classmethod
+    def _valid_ignore(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for target in value:
+            _check_pattern(target)
+        return value
+
     @field_validator("luts")
     @classmethod
     def _known_tables(cls, value: dict[str, str]) -> dict[str, str]:

@@ -419,7 +419,13 @@ def test_inspect_something_else(model):
         (["-o", "x", "--method", "nf4", "--bits", "3"], "--bits 3: nf4 has 4 bits"),
         (["-o", "x", "--method", "nf4", "--algo", "gtpq"], "unknown algorithm 'gtpq'; allowed: rtn, gptq"),
         (["-o", "x", "--method", "nf4", "--scheme", "asym"], "only sym can be served"),
-        (["-o", "x", "--method", "nf4", "--group-size", "0"], "--group-size 0; allowed: 1 or more, or -1"),
+        (
+            ["-o", "x", "--method", "nf4", "--group-size", "0"],
+            "--group-size 0; allowed: multiples of 8",
+        ),
+        (["-o", "x", "--method", "nf4", "--group-size", "12"], "--group-size 12; allowed: multiples of 8"),
+        (["-o", "x", "--method", "nf4", "--ignore", "re:("], "options: ignore=.* is no regular expression"),
+        (["-o", "x", "--method", "./none.json"], "cannot read codebook none.json"),
         (["-o", "x", "--method", "nf4", "--algo", "gptq", "--mse"], "--mse goes with rtn"),
         (["-o", "x", "--method", "nf4", "--full-range"], "--full-range is for integers"),
         (
