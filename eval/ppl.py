@@ -87,7 +87,7 @@ def perplexity(
         )
     if windows is not None and windows < 1:
         raise UserError(f"windows={windows}; give at least 1, or nothing for the whole text")
-    prompts = _windows(text, tokenizer or server.root, window)[:windows]
+    prompts = token_windows(text, tokenizer or server.root, window)[:windows]
     scores = _score_all(server, prompts, num_concurrent, Answers(cache) if cache else None)
     return Perplexity(_ppl(scores), tuple(scores), len(scores) * (window - 1))
 
@@ -134,7 +134,11 @@ def _ppl(nll: Collection[float]) -> float:
     return math.exp(math.fsum(nll) / len(nll))
 
 
-def _windows(text: str, tokenizer: str, window: int) -> list[list[int]]:
+def token_windows(text: str, tokenizer: str, window: int) -> list[list[int]]:
+    """Return the token ids of `text` in pieces of `window`, without the last, incomplete one.
+
+    UserError for a text without one whole window; `tokenizer` is a folder or a hub id.
+    """
     # Imported here: transformers takes seconds, and bad arguments must be reported before.
     from transformers import AutoTokenizer
 

@@ -68,34 +68,58 @@ def layer_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-class Checkpoint:
-    """A quantised folder, read tensor by tensor; UserError if it is none."""
+class StoredModel:
+    """A Hugging Face folder, read tensor by tensor; UserError if it cannot be read."""
+
+    #: names of the quantised layers, in the order of the model
+    layers: list[str]
 
     def __init__(self, folder: Path):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self.folder = folder
         self.config = read_json(folder / "config.json")
-        self.recipe = self.config.get("quantization_config") or {}
-        if self.recipe.get("quant_method") != "lutserve":
-            raise UserError(f"{folder} is not a model that lutserve quantised")
         self._files: dict[str, Any] = {}
         for file in sorted(folder.glob("*.safetensors")):
-            handle: Any = safe_open(file, framework="pt")
+            try:
+                handle: Any = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"cannot read {file}: {error}") from None
             self._files |= dict.fromkeys(handle.keys(), handle)
-        self.layers = sorted(
-            (name.removesuffix(f".{PACKED}") for name in self._files if name.endswith(f".{PACKED}")),
-            key=_natural,
-        )
-        if not self.layers:
-            raise UserError(f"{folder} holds no {PACKED}; it is quantised when it is loaded, not before")
-        report = folder / REPORT
-        self.report = read_json(report) if report.is_file() else {"settings": {}, "layers": {}}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._files)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as it is stored."""
         value: Tensor = self._files[name].get_tensor(name)
         return value
+
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.tensor(name).nbytes for name in self._files)
+
+    def layers_with(self, part: str) -> list[str]:
+        """The layers that have a tensor called `part`, in the order of the model."""
+        found = (name.removesuffix(f".{part}") for name in self._files if name.endswith(f".{part}"))
+        return sorted(found, key=_natural)
+
+
+class Checkpoint(StoredModel):
+    """A quantised folder; UserError if it is none."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.recipe = self.config.get("quantization_config") or {}
+        if self.recipe.get("quant_method") != "lutserve":
+            raise UserError(f"{folder} is not a model that lutserve quantised")
+        self.layers = self.layers_with(PACKED)
+        if not self.layers:
+            raise UserError(f"{folder} holds no {PACKED}; it is quantised when it is loaded, not before")
+        report = folder / REPORT
+        self.report = read_json(report) if report.is_file() else {"settings": {}, "layers": {}}
 
     def layer(self, name: str) -> QuantizedWeight:
         """The quantised weight of a layer."""
@@ -107,10 +131,14 @@ class Checkpoint:
         k, group = self._columns(name, packed.shape[1], scales.shape[1])
         return QuantizedWeight(unpack(packed, k), scales, codebook, group)
 
+    def weight(self, name: str) -> Tensor:
+        """The weight of a layer as it is served, fp32 [N, K]."""
+        return self.layer(name).dequantize()
+
     def dequantized(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors under the original model's names, quantised weights as fp32 [N, K]."""
         for name in self.layers:
-            yield f"{name}.weight", self.layer(name).dequantize()
+            yield f"{name}.weight", self.weight(name)
         for name in self._files:
             if not name.endswith((PACKED, SCALE, CODEBOOK)):
                 yield name, self.tensor(name)
@@ -133,9 +161,17 @@ class Checkpoint:
             )
         return found
 
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(self.tensor(name).nbytes for name in self._files)
+    @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+        algo, group = self.report["settings"].get("algo", "unknown"), self.group
+        return f"{group['method']} by {algo}, groups of {group['group_size']}"
+
+    @property
+    def folded(self) -> bool:
+        """Whether weights differ from the original's by factors of rows and columns."""
+        made = self.report["settings"]
+        return made.get("algo") in ("awq", "smoothquant") or made.get("alpha") is not None
 
     @property
     def group(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lutserve.errors import UserError
 
 if TYPE_CHECKING:
     from lutserve.quantizers.settings import Settings
+    from lutserve.quantizers.source import Source
 
 
 def quantize(
@@ -107,7 +108,15 @@ def quantize(
         ),
     ] = False,
     inspect: Annotated[
-        Path | None, typer.Option(help="Show bits, bytes and error of each layer of a quantised folder.")
+        Path | None,
+        typer.Option(
+            help="Show bits, bytes and error of each layer of a quantised folder, also one that "
+            "llm-compressor, AWQ or GPTQ made."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="With --inspect: the original model, to measure the error of each weight from."),
     ] = None,
 ) -> None:
     """Quantise a model into a folder that `lutserve serve` and `vllm serve` take.
@@ -115,8 +124,10 @@ def quantize(
     A run that was interrupted, even by kill -9, goes on where it was when the command is repeated.
     """
     if inspect is not None:
-        _inspect(inspect)
+        _inspect(inspect, against)
         return
+    if against is not None:
+        raise UserError(f"--against {against} goes with --inspect DIR")
     from lutserve.quantizers.settings import Settings
 
     if output is None:
@@ -197,14 +208,16 @@ def _run(model: str | None, output: Path, settings: Settings, calibration: str) 
     print(output)
 
 
-def _inspect(folder: Path) -> None:
+def _inspect(folder: Path, against: str | None) -> None:
     from rich.table import Table
 
-    from lutserve.checkpoint import Checkpoint
+    from lutserve import comparison
     from lutserve.console import for_tables
 
-    checkpoint = Checkpoint(folder)
-    facts = checkpoint.facts()
+    stored = comparison.open_folder(folder)
+    facts = stored.facts()
+    if against is not None:
+        facts = comparison.measured(stored, facts, _source(against))
     table = Table(box=None, header_style="bold")
     table.add_column("layer", no_wrap=True)
     for heading in ("out x in", "bits", "bytes", "weight dB", "output dB"):
@@ -217,9 +230,20 @@ def _inspect(folder: Path) -> None:
         table.add_row(layer.name, shape, f"{layer.bits:.3f}", f"{layer.bytes:,}", *errors)
     for_tables().print(table)
     weights = sum(layer.shape[0] * layer.shape[1] for layer in facts)
-    stored = sum(layer.bytes for layer in facts)
-    algo = checkpoint.report["settings"].get("algo", "unknown")
-    group = checkpoint.group
-    print(f"{group['method']} by {algo}, groups of {group['group_size']}: {len(facts)} layers", end=", ")
-    print(f"{weights:,} weights in {stored:,} bytes ({8 * stored / weights:.3f} bits each)", end="; ")
-    print(f"with all else {checkpoint.size():,} bytes")
+    size = sum(layer.bytes for layer in facts)
+    print(f"{stored.title}: {len(facts)} layers", end=", ")
+    print(f"{weights:,} weights in {size:,} bytes ({8 * size / weights:.3f} bits each)", end="; ")
+    print(f"with all else {stored.size():,} bytes")
+    if against is not None and stored.folded:
+        print("weight dB: rows and columns of the original scaled as they are here, where scales are folded")
+
+
+def _source(model: str) -> Source:
+    from lutserve import models
+    from lutserve.quantizers.download import folder_of
+    from lutserve.quantizers.source import Source
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    return Source(folder_of(models.resolve(model, say), say))

@@ -7,7 +7,13 @@ Measured with vLLM 0.32.0.
 from __future__ import annotations
 
 from vllm import _custom_ops as vllm_ops
-from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.config import (
+    get_current_vllm_config,
+    get_current_vllm_config_or_none,
+    set_current_vllm_config,
+)
+from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
@@ -40,6 +46,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     GroupQuantScaleParameter,
@@ -68,6 +76,7 @@ __all__ = [
     "CPUAttentionBackendImpl",
     "CPUAttentionMetadataBuilder",
     "CustomOp",
+    "EngineArgs",
     "FastGELU",
     "GELUTanh",
     "GeluAndMul",
@@ -94,14 +103,19 @@ __all__ = [
     "VocabParallelEmbedding",
     "current_recipe",
     "get_current_vllm_config",
+    "get_model",
     "in_dummy_run",
+    "init_distributed_environment",
     "init_logger",
+    "initialize_model_parallel",
+    "initialize_online_processing",
     "is_building",
     "op_registry_oot",
     "recipe_of",
     "register_backend",
     "register_quantization_config",
     "register_weight_loader_v2_supported_method",
+    "set_current_vllm_config",
     "vllm_ops",
 ]
 

@@ -55,18 +55,26 @@ FORMATS = (
 )
 
 
-def get(name: str) -> Method:
-    """Return the method called `name`; UserError with the allowed names otherwise."""
-    if name in METHODS:
+def get(name: str, values: tuple[float, ...] | None = None) -> Method:
+    """Return the method called `name`; UserError with the allowed names otherwise.
+
+    With the `values` of a learned codebook any name will do: it is that codebook's.
+    """
+    if name in METHODS and values is None:
         return METHODS[name]
     from lutserve import formats
 
-    base, plus, option = name.partition("+")
-    if plus and option not in ("a4", "a8"):
-        raise UserError(f"unknown method {name!r}: after + a4 or a8 (bits of the activations) is allowed")
+    base, option = split(name)
+    if values is not None:
+        if base in METHODS:
+            raise UserError(f"a codebook cannot be called {base!r}, which is another method; rename it")
+        summary = formats.Codebook(base, values, source="learned").source
+        return Method(name, "codebook", summary, base, int(option[1:]) if option else 16)
     try:
         codebook = formats.get(base)
     except UserError:
+        if base.endswith(".json"):
+            raise
         near = difflib.get_close_matches(base, [*METHODS, *formats.NAMES], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"unknown method {name!r}; {hint}allowed: {', '.join(METHODS)}, {FORMATS}") from None
@@ -74,4 +82,12 @@ def get(name: str) -> Method:
         raise UserError(
             f"{base} has {codebook.bits} bits; a codebook method has at most 4 (int8 is one of its own)"
         )
-    return Method(name, "codebook", codebook.source, base, int(option[1:]) if plus else 16)
+    return Method(name, "codebook", codebook.source, base, int(option[1:]) if option else 16)
+
+
+def split(name: str) -> tuple[str, str]:
+    """Return the format in a method's name, and a4, a8 or nothing; UserError for another option."""
+    base, plus, option = name.partition("+")
+    if plus and option not in ("a4", "a8"):
+        raise UserError(f"unknown method {name!r}: after + a4 or a8 (bits of the activations) is allowed")
+    return base, option

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lutserve import luts, methods
+from lutserve import formats, luts, methods
 from lutserve.errors import UserError
 
 Site = Literal["silu", "gelu", "softmax_exp", "softmax_recip", "rsqrt"]
@@ -34,7 +34,10 @@ class Group(BaseModel):
 
     #: "Linear" (all), a module name or its last parts ("down_proj"), or "re:" and a regular expression
     targets: tuple[str, ...] = ("Linear",)
+    #: a name of `lutserve.methods`; FILE.json is read at once, and replaced by the name and values in it
     method: str
+    #: the values of a learned codebook, so that a recipe works where the file is not
+    values: tuple[float, ...] | None = None
     #: input columns that share a scale, -1 for all; 4-bit methods only, by default as the method has it
     group_size: int = 128
     #: AxCore's methods: the published order of sums to the bit, or sums in fp32
@@ -46,26 +49,40 @@ class Group(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _method_defaults(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "group_size" not in data and isinstance(data.get("method"), str):
-            return data | {"group_size": methods.get(data["method"]).group_size}
+    def _complete(cls, data: Any) -> Any:
+        """Read a codebook's file, and take the group size that the method has by default."""
+        name = data.get("method") if isinstance(data, dict) else None
+        if not isinstance(name, str):
+            return data
+        base, option = methods.split(name)
+        if base.endswith(".json") and data.get("values") is None:
+            codebook = formats.get(base)
+            data = data | {"method": f"{codebook.name}+{option}".rstrip("+"), "values": codebook.values}
+        elif "group_size" not in data and data.get("values") is None:
+            data = data | {"group_size": methods.get(name).group_size}
         return data
 
     @model_validator(mode="after")
-    def _valid_numerics(self) -> Group:
-        if self.numerics == "strict" and methods.get(self.method).family != "axcore":
+    def _known_method(self) -> Group:
+        axcore = self.arithmetic.family == "axcore"
+        if self.numerics == "strict" and not axcore:
             raise ValueError(f"numerics strict is for AxCore's methods, not for {self.method}")
         if self.dequant == "fpma" and self.numerics == "fast":
             raise ValueError("dequant fpma needs numerics strict")
-        if self.stored and methods.get(self.method).family == "axcore":
+        if self.stored and axcore:
             raise ValueError(f"{self.method} quantises while it loads; there is no stored form")
         return self
 
-    @field_validator("method")
-    @classmethod
-    def _known_method(cls, value: str) -> str:
-        methods.get(value)
-        return value
+    @property
+    def arithmetic(self) -> methods.Method:
+        """The method."""
+        return methods.get(self.method, self.values)
+
+    @property
+    def codebook(self) -> formats.Codebook:
+        """The format of the weights, for a method that has one."""
+        name = self.arithmetic.format
+        return formats.Codebook(name, self.values) if self.values else formats.get(name)
 
     @field_validator("group_size")
     @classmethod
@@ -105,6 +122,13 @@ class Recipe(BaseModel):
     kv_cache_scheme: Literal["exact"] = "exact"
     #: who multiplies the layers that stay 16 bit: "auto" is our kernel where vLLM's is slow
     linear16: Literal["auto", "vllm"] = "auto"
+
+    @field_validator("ignore")
+    @classmethod
+    def _valid_ignore(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for target in value:
+            _check_pattern(target)
+        return value
 
     @field_validator("luts")
     @classmethod

@@ -9,7 +9,10 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
 from lutserve import formats, methods
+from lutserve.checkpoint import layer_tensors
 from lutserve.errors import UserError
 from lutserve.kernels import library
 from lutserve.quant_methods import codebook
@@ -47,8 +50,17 @@ def build(name: str, parts: list[int], k: int = K, whole: int | None = None, **g
     report = REPORTS.layers["layer"] = LayerReport("layer", name)
     linear = codebook.linear_method(methods.get(name), Group(method=name, **group), report)
     layer = torch.nn.Module()
-    linear.create_weights(layer, k, parts, whole or k, sum(parts), torch.bfloat16, weight_loader=None)
+    layer.quant_method = linear
+    sizes = (k, parts, whole or k, sum(parts))
+    linear.create_weights(layer, *sizes, torch.bfloat16, weight_loader=default_weight_loader)
     return layer, linear
+
+
+def load(layer: Any, weight: torch.Tensor) -> None:
+    """Load a 16-bit weight as vLLM does, which quantises it, and then processes all layers once more."""
+    layer.weight.weight_loader(layer.weight, weight)
+    assert layer.quant_method.report.done
+    layer.quant_method.process_weights_after_loading(layer)
 
 
 def weight_and_input(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,8 +77,7 @@ def relative_error(out: torch.Tensor, exact: torch.Tensor) -> float:
 def test_a_16_bit_weight_is_rounded_to_nearest_at_load(name: str, group_size: int) -> None:
     weight, x = weight_and_input()
     layer, linear = build(name, [N], group_size=group_size)
-    layer.weight.data.copy_(weight)
-    linear.process_weights_after_loading(layer)
+    load(layer, weight)
     bias = torch.randn(N).bfloat16()
     out = linear.apply(layer, x[:, None], bias)
     assert out.shape == (3, 1, N) and layer.weight.numel() == 0
@@ -82,8 +93,7 @@ def test_a_16_bit_weight_is_rounded_to_nearest_at_load(name: str, group_size: in
 def test_int8_activations(name: str) -> None:
     weight, x = weight_and_input()
     layer, linear = build(f"{name}+a8", [N], group_size=32)
-    layer.weight.data.copy_(weight)
-    linear.process_weights_after_loading(layer)
+    load(layer, weight)
     exact = x.double() @ rtn(weight, name, 32).dequantize().double().T
     assert relative_error(linear.apply(layer, x), exact) < 0.015
     # Said where the table itself is approximated, and only there.
@@ -93,8 +103,7 @@ def test_int8_activations(name: str) -> None:
 def test_4_bit_activations() -> None:
     weight, x = weight_and_input()
     layer, linear = build("sf4_5+a4", [N], group_size=64)
-    layer.weight.data.copy_(weight)
-    linear.process_weights_after_loading(layer)
+    load(layer, weight)
     rounded = quantize_activations(x, "sf4_5", 64).double()
     exact = rounded @ rtn(weight, "sf4_5", 64).dequantize().double().T
     assert relative_error(linear.apply(layer, x), exact) < 5e-3
@@ -129,10 +138,25 @@ def test_a_stored_fused_layer_equals_its_parts() -> None:
     assert not {"weight_packed", "weight_scale", "weight_codebook"} & set(dict(layer.named_parameters()))
 
 
+def test_a_stored_learned_codebook_needs_no_file() -> None:
+    weight, x = weight_and_input()
+    learned = formats.Codebook("mine", (-1.0, -0.3, 0.0, 0.2, 0.9))
+    group = Group(method="mine", values=learned.values, group_size=64, stored=True)
+    layer = torch.nn.Module()
+    linear = codebook.linear_method(group.arithmetic, group, LayerReport("layer", "mine"))
+    linear.create_weights(layer, K, [N], K, N, torch.bfloat16, weight_loader=None)
+    quantized = rtn(weight, learned, 64)
+    for name, tensor in layer_tensors("x", quantized).items():
+        layer.get_parameter(name.removeprefix("x.")).load_column_parallel_weight(tensor)
+    linear.process_weights_after_loading(layer)
+    exact = x.double() @ quantized.dequantize().double().T
+    assert relative_error(linear.apply(layer, x), exact) < 4e-3
+
+
 def test_parts_with_different_tables_are_refused() -> None:
     layer, linear = build("nf4", [32, 16], stored=True)
     layer.weight_codebook.data.copy_(torch.stack([torch.arange(16.0), torch.arange(16.0) + 1]))
-    with pytest.raises(UserError, match="different tables"):
+    with pytest.raises(UserError, match=r"different tables, .*; quantise all parts of a fused layer to one"):
         linear.process_weights_after_loading(layer)
 
 
@@ -164,7 +188,18 @@ def test_unknown_methods(name: str, message: str) -> None:
 def test_under_torch_compile() -> None:
     weight, x = weight_and_input()
     layer, linear = build("nf4", [N])
-    layer.weight.data.copy_(weight)
-    linear.process_weights_after_loading(layer)
+    load(layer, weight)
     compiled = torch.compile(lambda t: linear.apply(layer, t * 1), fullgraph=True)(x)
     assert torch.equal(compiled, linear.apply(layer, x))
+
+
+def test_large_weights_are_packed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = weight_and_input()
+    whole, _ = build("nf4", [N], group_size=64)
+    load(whole, weight)
+    monkeypatch.setattr(codebook, "_PIECE", 1)
+    pieces, linear = build("nf4", [N], group_size=64)
+    load(pieces, weight)
+    assert torch.equal(pieces.lut_indices, whole.lut_indices)
+    assert torch.equal(pieces.lut_scales, whole.lut_scales)
+    assert torch.equal(linear.apply(pieces, x), whole.quant_method.apply(whole, x))

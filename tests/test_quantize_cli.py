@@ -202,6 +202,20 @@ def test_any_format_comes_back(model, tmp_path, method):
     assert torch.equal(layer.dequantize(), rtn(weight, method, -1).dequantize())
 
 
+def test_a_learned_codebook_goes_with_the_folder(model, tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"values": [-1, -0.4, -0.1, 0.05, 0.3, 1.1], "name": "mine"}))
+    codebook = formats.load(file)
+    quantize(model, tmp_path / "out", settings(str(file)))
+    file.unlink()
+    stored = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    group = recipe.parse(stored).group_for("model.layers.0.self_attn.o_proj")
+    assert (group.method, group.stored, group.codebook.values) == ("mine", True, codebook.values)
+    name = "model.layers.1.mlp.down_proj"
+    weight = load_file(model / "model.safetensors")[f"{name}.weight"]
+    assert torch.equal(Checkpoint(tmp_path / "out").weight(name), rtn(weight, codebook, 32).dequantize())
+
+
 def test_groups_with_a_tail(model, tmp_path):
     quantize(model, tmp_path / "out", settings(group_size=48))
     weight = load_file(model / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
@@ -389,7 +403,7 @@ def test_inspect(made, capsys):
 
 
 def test_inspect_something_else(model):
-    with pytest.raises(UserError, match="is not a model that lutserve quantised"):
+    with pytest.raises(UserError, match="is not quantised"):
         run("--inspect", str(model))
 
 
@@ -405,7 +419,13 @@ def test_inspect_something_else(model):
         (["-o", "x", "--method", "nf4", "--bits", "3"], "--bits 3: nf4 has 4 bits"),
         (["-o", "x", "--method", "nf4", "--algo", "gtpq"], "unknown algorithm 'gtpq'; allowed: rtn, gptq"),
         (["-o", "x", "--method", "nf4", "--scheme", "asym"], "only sym can be served"),
-        (["-o", "x", "--method", "nf4", "--group-size", "0"], "--group-size 0; allowed: 1 or more, or -1"),
+        (
+            ["-o", "x", "--method", "nf4", "--group-size", "0"],
+            "--group-size 0; allowed: multiples of 8",
+        ),
+        (["-o", "x", "--method", "nf4", "--group-size", "12"], "--group-size 12; allowed: multiples of 8"),
+        (["-o", "x", "--method", "nf4", "--ignore", "re:("], "options: ignore=.* is no regular expression"),
+        (["-o", "x", "--method", "./none.json"], "cannot read codebook none.json"),
         (["-o", "x", "--method", "nf4", "--algo", "gptq", "--mse"], "--mse goes with rtn"),
         (["-o", "x", "--method", "nf4", "--full-range"], "--full-range is for integers"),
         (

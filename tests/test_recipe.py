@@ -51,6 +51,35 @@ def test_a_recipe_survives_config_json(method: str, lut: str, sites: set[str]) -
     assert parse(json.loads(json.dumps(made.to_config()))) == made
 
 
+def test_a_learned_codebook_needs_its_file_only_once(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"values": [1, -1, -0.25, 0, 0.5], "name": "five"}))
+    made = from_flags(method=f"{file}+a8", group_size="32")
+    file.unlink()
+    again = parse(json.loads(json.dumps(made.to_config())))
+    group = again.group_for(QKV, SHARDS)
+    assert again == made and again.quantizes and str(tmp_path) not in json.dumps(made.to_config())
+    assert (group.method, group.group_size, group.stored) == ("five+a8", 32, False)
+    assert (group.arithmetic.family, group.arithmetic.activations) == ("codebook", 8)
+    assert group.codebook.values == (-1, -0.25, 0, 0.5, 1) and group.codebook.name == "five"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"values": [1]}, "has 1 values"),
+        ({"values": [1, 2], "name": "none"}, "cannot be called 'none'"),
+        ({"values": [1, 2], "name": "a+b"}, "after . a4 or a8"),
+        (None, "cannot read codebook"),
+    ],
+)
+def test_bad_codebook_files(tmp_path: Path, content: object, message: str) -> None:
+    if content:
+        (tmp_path / "mine.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        parse({"config_groups": {"default": {"method": str(tmp_path / "mine.json")}}})
+
+
 def test_first_matching_group_wins_and_fused_parts_must_agree() -> None:
     groups = {
         "down": {"targets": ["re:.*layers\\.[01]\\..*down_proj"], "method": "none"},

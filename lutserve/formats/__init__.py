@@ -82,7 +82,9 @@ def load(path: Path) -> Codebook:
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         raise UserError(f"{path}: values must be numbers")
     numbers = tuple(sorted(float(v) for v in values))
-    data.setdefault("bits", max(1, (len(numbers) - 1).bit_length()))
+    if not 2 <= len(numbers) <= TABLE:
+        raise UserError(f"{path} has {len(numbers)} values; allowed: 2 to {TABLE}")
+    data.setdefault("bits", (len(numbers) - 1).bit_length())
     if not 1 <= data["bits"] <= 4:
         raise UserError(f"{path}: bits={data['bits']}; allowed: 1 to 4")
     return Codebook(**{"name": path.stem, "source": path.name, **data}, values=numbers)

@@ -7,16 +7,16 @@ them to the weights' own format first, for studies (plain torch, so not fast).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from lutserve import formats
+from lutserve.checkpoint import CODEBOOK, PACKED, SCALE, unpack
 from lutserve.compat import (
     BasevLLMParameter,
     GroupQuantScaleParameter,
     LinearMethodBase,
-    ModelWeightParameter,
     PackedvLLMParameter,
     register_weight_loader_v2_supported_method,
 )
@@ -24,9 +24,22 @@ from lutserve.errors import UserError
 from lutserve.kernels import library, lut_gemm
 from lutserve.kernels.pages import in_huge_pages
 from lutserve.methods import Method
+from lutserve.quant_methods import online
 from lutserve.quant_methods.config import REPORTS, LayerReport
 from lutserve.quantizers import quantize_activations, rtn
 from lutserve.recipe import Group
+
+#: codes uint8 [rows, K] and scales fp32 [rows, G] of some rows of a weight
+Piece = tuple[torch.Tensor, torch.Tensor]
+#: what the checkpoint holds of a layer
+_STORED = (PACKED, SCALE, CODEBOOK)
+#: elements quantised or packed at once: a bound on memory that is needed for a moment
+_PIECE = 1 << 22
+
+
+def _rows(k: int) -> int:
+    """Rows of a piece, whole panels of the kernel."""
+    return max(1, _PIECE // (k * lut_gemm.COLUMNS)) * lut_gemm.COLUMNS
 
 
 class TableParameter(BasevLLMParameter):
@@ -50,9 +63,10 @@ class CodebookLinearMethod(LinearMethodBase):
     """vLLM's side of a codebook layer."""
 
     def __init__(self, method: Method, group: Group, report: LayerReport) -> None:
-        self.format = formats.get(method.format)
+        self.format = group.codebook
         self.a8, self.a4 = method.activations == 8, method.activations == 4
         self.stored, self.group_size = group.stored, group.group_size
+        self.uses_meta_device = not group.stored
         self.report = report
 
     def create_weights(
@@ -68,28 +82,27 @@ class CodebookLinearMethod(LinearMethodBase):
         """Register what the checkpoint holds: the 16-bit weight, or indices, scales and tables."""
         n, k, loader = sum(output_partition_sizes), input_size_per_partition, extra["weight_loader"]
         parts = len(output_partition_sizes)
+        self.n, self.k = n, k
         self._check(k, input_size)
         group = self.group_size = k if self.group_size == -1 else min(self.group_size, k)
         if not self.stored:
-            weight = torch.empty(n, k, dtype=params_dtype)
-            parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
-            layer.register_parameter("weight", parameter)
+            online.create_weight(layer, n, k, params_dtype, loader)
             return
         indices, scales = torch.empty(n, -(-k // 2), dtype=torch.uint8), torch.empty(n, -(-k // group))
         layer.register_parameter(
-            "weight_packed",
+            PACKED,
             PackedvLLMParameter(
                 data=indices, input_dim=1, output_dim=0, packed_dim=1, packed_factor=2, weight_loader=loader
             ),
         )
         layer.register_parameter(
-            "weight_scale",
+            SCALE,
             GroupQuantScaleParameter(
                 data=scales.to(torch.float32), input_dim=1, output_dim=0, weight_loader=loader
             ),
         )
         tables = torch.empty(parts, 16, dtype=torch.float32)
-        layer.register_parameter("weight_codebook", TableParameter(data=tables, weight_loader=loader))
+        layer.register_parameter(CODEBOOK, TableParameter(data=tables, weight_loader=loader))
 
     def _check(self, k: int, whole: int) -> None:
         """UserError for groups that the kernel cannot take, or that a tensor-parallel cut would split."""
@@ -105,46 +118,56 @@ class CodebookLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Quantise what is not quantised yet, pack, and let the loaded tensors go."""
         if self.stored:
-            codes, scales, table = self._stored(layer)
-            names = ["weight_packed", "weight_scale", "weight_codebook"]
+            pieces, table = self._stored(layer)
+            # vLLM's own code looks for one.
+            layer.register_parameter("weight", torch.nn.Parameter(torch.empty(0), requires_grad=False))
         else:
-            quantized = rtn(layer.get_parameter("weight").data, self.format, self.group_size)
-            codes, scales = quantized.codes, quantized.scales
-            table, names = torch.tensor(self.format.table), ["weight"]
-        if self.a8:
-            image = self.format.int8_table()
-            table, scales = torch.tensor(image.values), scales * image.scale
-        for name in names:
-            delattr(layer, name)
-        layer.register_parameter("weight", torch.nn.Parameter(torch.empty(0), requires_grad=False))
-        by_panels = lut_gemm.pack_scales(scales)
+            weight = online.take_weight(layer)
+            if weight is None:
+                return
+            pieces, table = self._rounded(weight), torch.tensor(self.format.table)
+        packed, scales = [], []
+        for codes, scale in pieces:
+            packed.append(lut_gemm.pack(codes))
+            scales.append(lut_gemm.pack_scales(scale))
+        image = self.format.int8_table() if self.a8 else None
+        by_panels = torch.cat(scales)
+        if image:
+            table, by_panels = torch.tensor(image.values), by_panels * image.scale
         # As buffers: torch.compile then takes them for inputs, not for constants to copy.
-        layer.register_buffer("lut_indices", in_huge_pages(lut_gemm.pack(codes)), persistent=False)
+        layer.register_buffer("lut_indices", in_huge_pages(torch.cat(packed)), persistent=False)
         layer.register_buffer("lut_scales", by_panels, persistent=False)
         layer.register_buffer("lut_table", table.to(torch.float32).view(1, 1, 16), persistent=False)
-        self.n = len(codes)
         report = self.report
-        report.weights = codes.numel()
+        report.weights = self.n * self.k
         report.bits = 4 + 8 * by_panels.nbytes / report.weights
         report.kernel = f"lut_gemm {library.backend_for('lut_gemm')}"
-        if self.a8 and not self.format.int8_table().exact:
+        if image and not image.exact:
             report.kernel += " (table rounded to int8)"
         REPORTS.finish(report)
 
-    def _stored(self, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Indices [N, K], scales and the one table of a layer as `lutserve quantize` stored it."""
-        packed, tables = (
-            layer.get_parameter("weight_packed").data,
-            layer.get_parameter("weight_codebook").data,
-        )
+    def _rounded(self, weight: torch.Tensor) -> Iterator[Piece]:
+        for rows in weight.split(_rows(self.k)):
+            quantized = rtn(rows, self.format, self.group_size)
+            yield quantized.codes, quantized.scales
+
+    def _stored(self, layer: torch.nn.Module) -> tuple[Iterator[Piece], torch.Tensor]:
+        """Take indices, scales and the one table of a layer as `lutserve quantize` stored it."""
+        packed, scales, tables = (layer.get_parameter(name).data for name in _STORED)
+        for name in _STORED:
+            delattr(layer, name)
         if not torch.equal(tables, tables[:1].expand_as(tables)):
-            raise UserError(f"{self.report.prefix}: the parts of one fused layer have different tables")
+            raise UserError(
+                f"{self.report.prefix} is one fused layer but its parts have different tables, and the GEMM "
+                "takes one; quantise all parts of a fused layer to one format"
+            )
         if self.a8 and not torch.allclose(tables[0], torch.tensor(self.format.table), rtol=1e-6):
             raise UserError(
                 f"{self.report.prefix}: stored table is not {self.format.name}'s; serve without +a8"
             )
-        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1)
-        return codes, layer.get_parameter("weight_scale").data, tables[0]
+        size = _rows(self.k)
+        pairs = zip(packed.split(size), scales.split(size), strict=True)
+        return ((unpack(rows, self.k), scale) for rows, scale in pairs), tables[0]
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lutserve import methods
 from lutserve.compat import (
     QUANTIZATION_METHODS,
     LinearBase,
@@ -128,7 +127,7 @@ class LutserveConfig(QuantizationConfig):
         stem, _, leaf = prefix.rpartition(".")
         shards = [f"{stem}.{name}" for name in self.packed_modules_mapping.get(leaf, [])]
         group = recipe.group_for(prefix, shards)
-        method = methods.get(group.method)
+        method = group.arithmetic
         report = REPORTS.layers[prefix] = LayerReport(prefix, method.name)
         family = import_module(f"lutserve.quant_methods.{method.family}")
         linear_method: QuantizeMethodBase = family.linear_method(method, group, report)

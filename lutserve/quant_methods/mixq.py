@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from lutserve.compat import LinearMethodBase, ModelWeightParameter, in_dummy_run
+from lutserve.compat import LinearMethodBase, in_dummy_run
 from lutserve.kernels import library, mixq
 from lutserve.kernels.reference import quantize_rows
 from lutserve.methods import Method
-from lutserve.quant_methods import int8_gemm
+from lutserve.quant_methods import int8_gemm, online
 from lutserve.quant_methods.config import REPORTS, LayerReport
 from lutserve.recipe import Group
 
@@ -170,6 +170,8 @@ def _mixq_linear_fake(x: torch.Tensor, bias: torch.Tensor | None, name: str, n: 
 class MixqLinearMethod(LinearMethodBase):
     """vLLM's side of a mix8 or int8 layer: loads a 16-bit weight and quantises it at load."""
 
+    uses_meta_device = True
+
     def __init__(self, method: Method, report: LayerReport) -> None:
         self.method = method
         self.report = report
@@ -185,20 +187,15 @@ class MixqLinearMethod(LinearMethodBase):
         **extra: Any,
     ) -> None:
         """Register the 16-bit weight [sum(out), in] that the checkpoint's (fused) shards load into."""
-        weight = torch.empty(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype)
-        layer.register_parameter(
-            "weight",
-            ModelWeightParameter(
-                data=weight, input_dim=1, output_dim=0, weight_loader=extra["weight_loader"]
-            ),
-        )
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        online.create_weight(layer, n, k, params_dtype, extra["weight_loader"])
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Quantise, pack, and let the 16-bit weight go."""
-        report = self.report
-        kernel = MixqKernel(layer.get_parameter("weight").data, outliers=self.method.name == "mix8")
-        KERNELS[report.prefix] = kernel
-        layer.weight = torch.nn.Parameter(torch.empty(0, dtype=kernel.dtype), requires_grad=False)
+        report, weight = self.report, online.take_weight(layer)
+        if weight is None:
+            return
+        kernel = KERNELS[report.prefix] = MixqKernel(weight, outliers=self.method.name == "mix8")
         report.live = kernel.slots
         report.weights = kernel.n * kernel.k
         report.bits = 8 + 32 / kernel.k

@@ -8,7 +8,7 @@ from typing import Any
 from lutserve import formats, methods
 from lutserve.errors import UserError
 from lutserve.formats import Codebook
-from lutserve.recipe import Group, Recipe
+from lutserve.recipe import Recipe, parse
 
 ALGORITHMS = ("rtn", "gptq", "awq", "smoothquant")
 
@@ -50,8 +50,8 @@ class Settings:
         codebook = self.codebook
         if self.algo not in ALGORITHMS:
             raise UserError(f"unknown algorithm {self.algo!r}; allowed: {', '.join(ALGORITHMS)}")
-        if self.group_size != -1 and self.group_size < 1:
-            raise UserError(f"--group-size {self.group_size}; allowed: 1 or more, or -1 for whole rows")
+        if self.group_size != -1 and (self.group_size < 1 or self.group_size % 8):
+            raise UserError(f"--group-size {self.group_size}; allowed: multiples of 8, or -1 for whole rows")
         if self.algo in ("gptq", "awq") and (self.mse or self.full_range):
             option = "--mse" if self.mse else "--full-range"
             raise UserError(f"{option} goes with rtn and smoothquant; {self.algo} chooses its own scales")
@@ -63,6 +63,7 @@ class Settings:
             raise UserError("--damping must be 0 or more, --block-size 1 or more")
         if self.samples < 1 or self.length < 2:
             raise UserError("--samples must be 1 or more, --sequence-length 2 or more")
+        assert self.recipe.quantizes
 
     @property
     def codebook(self) -> Codebook:
@@ -72,8 +73,8 @@ class Settings:
     @property
     def recipe(self) -> Recipe:
         """What the result's `config.json` carries."""
-        group = Group(method=self.method, group_size=self.group_size, stored=True)
-        return Recipe(config_groups={"default": group}, ignore=self.ignore)
+        group = {"method": self.method, "group_size": self.group_size, "stored": True}
+        return parse({"config_groups": {"default": group}, "ignore": self.ignore}, "options")
 
     @property
     def smoothing(self) -> float | None:

@@ -1,0 +1,59 @@
+"""How far the weights of a quantised folder, whoever made it, are from those of the original model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lutserve.checkpoint import Checkpoint, LayerFacts
+from lutserve.errors import UserError
+from lutserve.foreign import Foreign
+from lutserve.quantizers.quality import sqnr
+from lutserve.quantizers.source import Source
+from lutserve.recipe import read_json
+
+#: alternations that fit the factors of rows and of columns; three would do
+_ROUNDS = 5
+
+
+def open_folder(folder: Path) -> Checkpoint | Foreign:
+    """Return the reader of a quantised folder; UserError if there is none for it."""
+    stored = read_json(folder / "config.json").get("quantization_config") or {}
+    return Checkpoint(folder) if stored.get("quant_method") == "lutserve" else Foreign(folder)
+
+
+def measured(stored: Checkpoint | Foreign, facts: list[LayerFacts], source: Source) -> list[LayerFacts]:
+    """Return facts with `weight_sqnr` measured against the weights of the original model.
+
+    Where scales are folded into the weights the original's rows and columns are scaled to match.
+
+    Raises:
+        UserError: the original has no such layer, or one of another shape.
+
+    """
+    found = []
+    for layer in facts:
+        exact = source.tensor(source.find(f"{layer.name}.weight", "model")).float()
+        if exact.shape != layer.shape:
+            raise UserError(
+                f"{layer.name} is {layer.shape[0]} x {layer.shape[1]} in {stored.folder}, "
+                f"{' x '.join(map(str, exact.shape))} in {source.folder}; is that the original?"
+            )
+        weight = stored.weight(layer.name)
+        exact = scaled_like(exact, weight) if stored.folded else exact
+        found.append(replace(layer, weight_sqnr=sqnr(exact, weight)))
+    return found
+
+
+def scaled_like(exact: Tensor, weight: Tensor) -> Tensor:
+    """`exact` [N, K] with its rows and columns multiplied so that it is nearest to `weight`."""
+    exact, weight = exact.double(), weight.double()
+    for _ in range(_ROUNDS):
+        for dim in (0, 1):
+            power = exact.square().sum(dim, keepdim=True)
+            share = (exact * weight).sum(dim, keepdim=True) / power
+            exact = exact * torch.where(power == 0, torch.ones_like(share), share)
+    return exact
