@@ -63,7 +63,7 @@ def needs_our_linears(config: Mapping[str, Any], served: Recipe, flags: Sequence
     A folder that is quantised, by us or others, says so itself. Layers that all stay 16 bit are ours where
     vLLM's GEMM is slow; only what `config` is known to be may be asked, so not a model still on the hub.
     """
-    if config.get("quantization_config"):
+    if config.get("quantization_config") or config.get("compression_config"):
         return False
     slow = served.linear16 == "auto" and on_cpu() and bool(config and isa.slow_16_bit())
     takes_16_bit = value_of(flags, "--dtype") not in ("float32", "float")
