@@ -56,6 +56,8 @@ class Group(BaseModel):
             raise ValueError(f"numerics strict is for AxCore's methods, not for {self.method}")
         if self.dequant == "fpma" and self.numerics == "fast":
             raise ValueError("dequant fpma needs numerics strict")
+        if self.stored and methods.get(self.method).family == "axcore":
+            raise ValueError(f"{self.method} quantises while it loads; there is no stored form")
         return self
 
     @field_validator("method")

@@ -138,7 +138,9 @@ def test_activations_beyond_fp16_and_what_is_not_a_number(numerics: str) -> None
     x[1, 3], x[2, 3] = torch.nan, torch.inf
     out = linear.apply(layer, x)
     assert torch.equal(out[[0, 3, 4]], clean[[0, 3, 4]])
-    assert out[1].isnan().any() and not out[2].isnan().any()
+    assert out[1].isnan().any()
+    # Strict products of the largest number overflow as published.
+    assert numerics == "strict" or out[2].isfinite().all()
 
 
 def test_shapes_that_do_not_fit_are_refused_before_weights_load() -> None:
@@ -174,6 +176,8 @@ def test_recipes() -> None:
         from_flags(method="axcore", numerics="exact")
     with pytest.raises(ValueError, match="dequant fpma needs numerics strict"):
         Group(method="axcore", dequant="fpma")
+    with pytest.raises(ValueError, match="no stored form"):
+        Group(method="axcore", stored=True)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ are FPMA as well.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -90,10 +91,18 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _codes(units: Tensor, fmt: Fp4) -> Tensor:
-    """Codes uint8 of the nearest values; ties go to the even significand."""
-    u = units.float().clamp(-fmt.largest, fmt.largest)
-    exponent = (torch.frexp(u).exponent - 1).clamp_min(1 - fmt.bias)
+    """Codes uint8 of fp16 numbers, by a table over all of them."""
+    index = units.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
+    return _code_table(fmt).index_select(0, index.flatten()).view(units.shape)
+
+
+@cache
+def _code_table(fmt: Fp4) -> Tensor:
+    """The code of the nearest value to each fp16 number, uint8 [65536]; ties go to the even significand."""
+    u = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    size = u.abs().clamp_max(fmt.largest)
+    exponent = (torch.frexp(size).exponent - 1).clamp_min(1 - fmt.bias)
     step = torch.ldexp(torch.ones_like(u), exponent - fmt.mantissa)
-    rounded = (u.abs() / step).round() * step
-    index = torch.bucketize(rounded, torch.tensor(fmt.magnitudes), out_int32=True).to(torch.uint8)
+    rounded = (size / step).round() * step
+    index = torch.bucketize(rounded, torch.tensor(fmt.magnitudes)).to(torch.uint8)
     return torch.where(u.signbit() & (index > 0), index + 8, index)
