@@ -139,8 +139,8 @@ def test_activations_beyond_fp16_and_what_is_not_a_number(numerics: str) -> None
     out = linear.apply(layer, x)
     assert torch.equal(out[[0, 3, 4]], clean[[0, 3, 4]])
     assert out[1].isnan().any()
-    # Strict products of the largest number overflow as published.
-    assert numerics == "strict" or out[2].isfinite().all()
+    # Strict products of the largest number overflow to any pattern, as published.
+    assert numerics == "strict" or not out[2].isnan().any()
 
 
 def test_shapes_that_do_not_fit_are_refused_before_weights_load() -> None:
