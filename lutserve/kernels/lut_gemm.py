@@ -129,7 +129,8 @@ rounded to x's dtype first, products are exact, sums are fp32 in any order and s
 
 x: [C, M, K], float16 or bfloat16; C is 1 but for approximate products. packed: uint8, see `pack`.
 codebooks: float32 [T, C, 16]. scales: float32, see `pack_scales`. types: uint8 [ceil(n/32), groups], which of
-the T codebooks a block of 32 columns takes, or None where T is 1. group_size: input columns that share a
+the T codebooks a block of 32 columns takes, or None where T is 1. Of several classes one whose table is all 0
+costs nothing, and NaN in it may be passed over. group_size: input columns that share a
 scale, a multiple of 8 or at least K; the last group may be shorter. bias: [n] of x's dtype, or None.
 quantize_activations: quantise x to int8 by row and group first (W4A8). The codebook must then hold whole
 numbers from -127 to 127, and C must be 1.

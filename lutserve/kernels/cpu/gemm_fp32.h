@@ -96,6 +96,7 @@ struct InFloat {
       const float* scales = panel.scales ? panel.scales + g * kColumns : nullptr;
       const float* book = books ? books + (panel.types ? panel.types[g] : 0) * shape.classes * 16 : nullptr;
       for (int64_t c = 0; c < shape.classes; ++c) {
+        if (idle(book + c * 16, shape.classes)) continue;
         const Table table(book + c * 16);
         for (int64_t o = begin; o < end; o += kBlockOctets) {
           const int64_t octets = std::min(kBlockOctets, end - o);

@@ -21,6 +21,11 @@ struct Shape {
   int64_t classes, octets, groups, group_octets;
 };
 
+// Whether a class has no part in a kind of block: its table is all 0. A class alone is always multiplied.
+inline bool idle(const float* book, int64_t classes) {
+  return classes > 1 && std::all_of(book, book + 16, [](float value) { return value == 0; });
+}
+
 struct Call {
   const uint16_t* x;       // [classes, m, k]
   const uint8_t* weight;   // [panels][octets][Path::kOctetBytes]

@@ -124,6 +124,7 @@ void tile(const Panel& p, const Tile<Path>& a, const Shape& shape, const float* 
     const float* book = books + (p.types ? p.types[g] : 0) * shape.classes * 16;
     typename Path::Sum sum[R * kVectors * kChains] = {};
     for (int64_t c = 0; c < shape.classes; ++c) {
+      if (idle(book + c * 16, shape.classes)) continue;
       const typename Path::Lookup look(book + c * 16);
       for (int64_t o = begin; o < end; ++o) {
         multiply_octet<Path, R, kChains>(sum, p.weight + o * Path::kOctetBytes, look,
