@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from lutserve import __version__, cli_formats, cli_lut, cli_profile, cli_quantize, env
+from lutserve import __version__, cli_formats, cli_lut, cli_outliers, cli_profile, cli_quantize, env
 from lutserve.errors import UserError
 from lutserve.methods import FORMATS, METHODS
 from lutserve.torchvision_guard import hide_broken_torchvision
@@ -33,6 +33,8 @@ app.add_typer(cli_profile.app, name="profile")
 app.add_typer(cli_lut.app, name="lut")
 app.command(name="formats")(cli_formats.show)
 app.command(name="quantize")(cli_quantize.quantize)
+app.command(name="calibrate")(cli_outliers.calibrate)
+app.command(name="outliers")(cli_outliers.outliers)
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -72,6 +74,20 @@ SumOption = Annotated[
 CountOption = Annotated[
     bool, typer.Option("--lut-count-saturations", help="Count inputs outside their table's range.")
 ]
+OutliersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--outliers",
+        help="Outlier columns of mix8 and mix4. online: learnt while serving (the default); static: only the "
+        "calibrated ones, so that answers do not depend on what was served before.",
+    ),
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration-file", help="File of `lutserve calibrate`. Default: the one in the model's folder."
+    ),
+]
 KvOption = Annotated[str | None, typer.Option("--kv", help="KV cache: exact.")]
 
 
@@ -97,6 +113,8 @@ def serve(
     recipe: RecipeOption = None,
     method: MethodOption = None,
     group_size: GroupOption = None,
+    outliers: OutliersOption = None,
+    calibration_file: CalibrationOption = None,
     lut: LutOption = None,
     lut_sites: SitesOption = None,
     softmax_sum: SumOption = None,
@@ -115,6 +133,8 @@ def serve(
         model = flags.pop(0)
     chosen = load(recipe) if recipe else None
     overrides = {"method": method, "group_size": group_size, "lut": lut, "lut_sites": lut_sites, "kv": kv}
+    overrides["outliers"] = outliers
+    overrides["calibration"] = str(calibration_file.absolute()) if calibration_file else None
     overrides["softmax_sum"] = softmax_sum
     overrides["count_saturations"] = "true" if lut_count_saturations else None
     run(model or models.DEFAULT, flags, chosen, **overrides)

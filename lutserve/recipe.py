@@ -38,6 +38,10 @@ class Group(BaseModel):
     group_size: int = 128
     #: whether the checkpoint holds the weights quantised, as `lutserve quantize` writes them
     stored: bool = False
+    #: outlier columns of mix8 and mix4: learnt while serving, or the calibrated ones for ever
+    outliers: Literal["online", "static"] = "online"
+    #: file of `lutserve calibrate`, relative to the model's folder; empty for the folder's own, if it has one
+    calibration: str = ""
 
     @field_validator("method")
     @classmethod
@@ -207,6 +211,8 @@ def from_flags(
     kv: str | None = None,
     softmax_sum: str | None = None,
     count_saturations: str | None = None,
+    outliers: str | None = None,
+    calibration: str | None = None,
 ) -> Recipe:
     """Return `base` (default: everything exact) with the given flags applied.
 
@@ -219,6 +225,8 @@ def from_flags(
         kv: KV cache scheme.
         softmax_sum: precision of the softmax's sum, float32 or float16.
         count_saturations: "true" to count inputs outside their table's range.
+        outliers: online or static, for the groups that keep outlier columns.
+        calibration: file of `lutserve calibrate` for them.
 
     """
     config = (base or Recipe()).to_config()
@@ -229,6 +237,14 @@ def from_flags(
         if method in (None, "none"):
             raise UserError(f"--group-size {group_size} needs --method to say which format has groups")
         config["config_groups"]["default"]["group_size"] = group_size
+    columns = {"outliers": outliers, "calibration": calibration}
+    columns = {key: value for key, value in columns.items() if value is not None}
+    keeping = [g for g in config["config_groups"].values() if methods.get(g["method"]).outliers]
+    if columns and not keeping:
+        names = ", ".join(m.name for m in methods.METHODS.values() if m.outliers)
+        raise UserError(f"--outliers and --calibration-file need a --method with outlier columns: {names}")
+    for group in keeping:
+        group |= columns
     if lut_sites is not None and lut is None:
         raise UserError(f"--lut-sites {lut_sites} needs --lut to say which table those sites use")
     if lut is not None:

@@ -48,6 +48,7 @@ def serve(model: str, flags: Sequence[str], chosen: Recipe | None, **overrides: 
     stored = recipe.from_model(config, str(folder / "config.json"))
     served = recipe.from_flags(chosen or stored, **overrides)
     check_model(config, served, flags)
+    check_calibrations(served, path)
     if importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed: pip install 'lutserve[cpu]' (or 'lutserve[cuda]')")
     if not on_cpu() and served != Recipe():
@@ -137,6 +138,14 @@ def check_model(config: Mapping[str, Any], served: Recipe, flags: Sequence[str])
             stem = f"model.layers.{layer}.{name.rpartition('.')[0]}"
             # Raises where the parts of one fused layer are given different methods.
             served.group_for(f"model.layers.{layer}.{name}", [f"{stem}.{member}" for member in members])
+
+
+def check_calibrations(served: Recipe, model: str) -> None:
+    """UserError if a group of the recipe lacks the calibration that it needs, or names a bad one."""
+    from lutserve.quantizers.columns import calibration_of
+
+    for group in served.config_groups.values():
+        calibration_of(group, model)
 
 
 def run(argv: list[str]) -> None:

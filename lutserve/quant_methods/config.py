@@ -32,6 +32,8 @@ class LayerReport:
 
     prefix: str
     method: str
+    #: the checkpoint's names of what was fused into it
+    parts: tuple[str, ...] = ()
     kernel: str = ""
     #: stored bits a weight, scales included
     bits: float = 16.0
@@ -127,7 +129,7 @@ class LutserveConfig(QuantizationConfig):
         shards = [f"{stem}.{name}" for name in self.packed_modules_mapping.get(leaf, [])]
         group = recipe.group_for(prefix, shards)
         method = methods.get(group.method)
-        report = REPORTS.layers[prefix] = LayerReport(prefix, method.name)
+        report = REPORTS.layers[prefix] = LayerReport(prefix, method.name, tuple(shards))
         if not method.family:
             return ReportedUnquantized(report)
         family = import_module(f"lutserve.quant_methods.{method.family}")
