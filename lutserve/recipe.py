@@ -34,7 +34,7 @@ class Group(BaseModel):
     #: "Linear" (all), a module name or its last parts ("down_proj"), or "re:" and a regular expression
     targets: tuple[str, ...] = ("Linear",)
     method: str
-    #: input columns that share a scale, -1 for all; codebook methods only
+    #: input columns that share a scale, -1 for all; codebook methods and mix4
     group_size: int = 128
     #: whether the checkpoint holds the weights quantised, as `lutserve quantize` writes them
     stored: bool = False

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from servers import SMALL
 from tiny import tiny_llama
 from typer.testing import CliRunner
 
@@ -31,6 +32,7 @@ from lutserve.quantizers import columns, rtn
 from lutserve.quantizers.calibrate import calibrate
 from lutserve.quantizers.outliers import GAIN, OutlierSlots
 from lutserve.recipe import Group, from_flags
+from lutserve.server.client import http, running_server
 
 N, K = 64, 320
 PACKS = {
@@ -343,3 +345,29 @@ def test_serve_refuses_static_columns_that_nobody_calibrated(tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("lutserve: error: static outlier columns need a calibration")
+
+
+@pytest.mark.slow
+def test_a_server_with_static_columns_answers_the_same_whatever_came_before(
+    calibrated: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, file = calibrated
+    args = ["--model", str(folder), "--method", "mix4", "--outliers", "static", *SMALL]
+    with running_server(args, log=tmp_path / "log") as server, http(server.base_url) as web:
+
+        def answer(prompt: str) -> str:
+            request = {"model": server.model, "prompt": prompt, "max_tokens": 12, "temperature": 1, "seed": 5}
+            return web.post("/v1/completions", json=request).raise_for_status().json()["choices"][0]["text"]
+
+        before = answer("The river rises")
+        for prompt in ("12 * 345", "def area(width, height)", "Yet the market opens"):
+            answer(prompt)
+        assert answer("The river rises") == before
+        layers = {row["layer"]: row for row in web.get("/lutserve/layers").json()}
+        shown = CliRunner().invoke(app, ["outliers", server.base_url])
+    found = columns.Calibration(file).inputs["model.layers.1.mlp.gate_proj"].gain
+    row = layers["model.layers.1.mlp.gate_up_proj"]
+    assert {3, 40} <= set(row["outlier_slots"]) <= set(found.nonzero()[:, 0].tolist())
+    assert row["outlier_columns"] == len(row["outlier_slots"]) and row["kernel"].startswith("lut_gemm")
+    assert layers["model.layers.1.mlp.down_proj"]["kernel"].startswith("int8")
+    assert shown.exit_code == 0 and "model.layers.1.mlp.gate_up_proj" in shown.output
