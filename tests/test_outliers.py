@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ pytest.importorskip("vllm")
 from lutserve import methods
 from lutserve.cli import app
 from lutserve.errors import UserError
-from lutserve.kernels import library
+from lutserve.kernels import library, mixq
 from lutserve.quant_methods import int8_gemm
 from lutserve.quant_methods import mixq as method
 from lutserve.quant_methods.config import REPORTS, LayerReport
@@ -185,6 +186,29 @@ def test_llm_int8_keeps_the_columns_of_the_call() -> None:
     assert kernel.slots.columns.tolist() == [7, 9]
     quiet = case(seed=3)[1].clamp(-6, 6)
     assert torch.equal(kernel(quiet), MixqKernel(weight, False)(quiet)) and kernel.slots.count == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "pack", "chosen"),
+    [("mix8_basic", W8A8, "ind"), ("mix8_static128", W8A8, "ind"), ("mix4_basic", W4A4, "fp_ind")],
+)
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float16, 1.02), (torch.bfloat16, 1.5)])
+def test_served_outputs_are_as_good_as_the_published_ones(
+    shared: Path, name: str, pack: Any, chosen: str, dtype: torch.dtype, slack: float
+) -> None:
+    with np.load(shared / "golden/mixq" / f"{name}.npz") as arrays:
+        known = {key: torch.from_numpy(arrays[key]) for key in arrays}
+    weight, x = known["W"].to(dtype), known["X"].to(dtype)
+    kernel = MixqKernel(weight, True, None, True, pack)
+    kernel.slots.weight_rows = lambda places: weight[:, places].t()
+    kernel.slots.hold(known[chosen].sort().values.long())
+    published = known.get("out", known.get("out_sm80"))
+    exact = known["exact"]
+    limit = (published.double() - exact).norm() / exact.norm()
+    assert (kernel(x).double() - exact).norm() / exact.norm() <= limit * slack
+    if dtype == torch.float16 and pack is W8A8:
+        codes = mixq.prepare(x, kernel.slots.index, kernel.slots.keep)[0]
+        assert (codes.int() - known["q_x"].int()).abs().max() <= 1
 
 
 def layer_of(
