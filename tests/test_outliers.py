@@ -264,6 +264,21 @@ def test_down_proj_has_8_bits_in_mix4() -> None:
         assert isinstance(layer_of("mix4", {}, leaf)[1].gemm, kind)
 
 
+def test_a_device_takes_its_share_of_the_columns(tmp_path: Path) -> None:
+    """As tensor parallelism cuts o_proj: this device has the second half of the input."""
+    columns.save(tmp_path / "c.safetensors", [entry("o", chosen=(3, K + 8), k=2 * K)], {})
+    report = REPORTS.layers["o"] = LayerReport("o", "mix8")
+    group = Group(method="mix8", calibration=str(tmp_path / "c.safetensors"))
+    linear, layer = method.linear_method(methods.get("mix8"), group, report), torch.nn.Module()
+    layer.register_parameter("weight", torch.nn.Parameter(case()[0], requires_grad=False))
+    layer.weight.tp_rank, linear.input_size = 1, 2 * K
+    try:
+        linear.process_weights_after_loading(layer)
+        assert KERNELS["o"].slots.columns.tolist() == [8]
+    finally:
+        del REPORTS.layers["o"], KERNELS["o"]
+
+
 def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "c.safetensors"
     columns.save(file, [entry("a", k=8)], {})
