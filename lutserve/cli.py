@@ -11,7 +11,16 @@ from typing import Annotated
 
 import typer
 
-from lutserve import __version__, cli_formats, cli_lut, cli_profile, cli_quantize, cli_search, env
+from lutserve import (
+    __version__,
+    cli_formats,
+    cli_lut,
+    cli_outliers,
+    cli_profile,
+    cli_quantize,
+    cli_search,
+    env,
+)
 from lutserve.errors import UserError
 from lutserve.methods import FORMATS, METHODS
 from lutserve.torchvision_guard import hide_broken_torchvision
@@ -35,6 +44,8 @@ app.command(name="formats")(cli_formats.show)
 app.command(name="quantize")(cli_quantize.quantize)
 app.command(name="flops")(cli_search.flops)
 app.command(name="search")(cli_search.search)
+app.command(name="calibrate")(cli_outliers.calibrate)
+app.command(name="outliers")(cli_outliers.outliers)
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -87,6 +98,20 @@ Linear16Option = Annotated[
         help="Who multiplies the layers that stay 16 bit: auto (our kernel where vLLM's is slow) or vllm.",
     ),
 ]
+OutliersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--outliers",
+        help="Outlier columns of mix8 and mix4. online: learnt while serving (the default); static: only the "
+        "calibrated ones, so that answers do not depend on what was served before.",
+    ),
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration-file", help="File of `lutserve calibrate`. Default: the one in the model's folder."
+    ),
+]
 KvOption = Annotated[str | None, typer.Option("--kv", help="KV cache: exact.")]
 
 
@@ -113,6 +138,8 @@ def serve(
     method: MethodOption = None,
     group_size: GroupOption = None,
     numerics: NumericsOption = None,
+    outliers: OutliersOption = None,
+    calibration_file: CalibrationOption = None,
     lut: LutOption = None,
     lut_sites: SitesOption = None,
     softmax_sum: SumOption = None,
@@ -133,6 +160,8 @@ def serve(
     chosen = load(recipe) if recipe else None
     overrides = {"method": method, "group_size": group_size, "lut": lut, "lut_sites": lut_sites, "kv": kv}
     overrides |= {"numerics": numerics, "softmax_sum": softmax_sum, "linear16": linear16}
+    overrides["outliers"] = outliers
+    overrides["calibration"] = str(calibration_file.absolute()) if calibration_file else None
     overrides["count_saturations"] = "true" if lut_count_saturations else None
     run(model or models.DEFAULT, flags, chosen, **overrides)
 

@@ -101,6 +101,7 @@ __all__ = [
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
+    "current_model",
     "current_recipe",
     "get_current_vllm_config",
     "get_model",
@@ -135,6 +136,12 @@ def recipe_of(vllm_config: object) -> Recipe | None:
 def current_recipe() -> Recipe | None:
     """`recipe_of` the model that is being built right now."""
     return recipe_of(get_current_vllm_config())
+
+
+def current_model() -> str:
+    """Folder or hub id of the model that is being built right now; empty outside of that."""
+    config = get_current_vllm_config_or_none()
+    return config.model_config.model if config and config.model_config else ""
 
 
 def is_building() -> bool:

@@ -21,12 +21,14 @@ class Method:
     #: module of `lutserve.quant_methods` that implements it
     family: str
     summary: str
-    #: name of the weights' codebook, for the family that has one
+    #: name of the weights' 4-bit codebook, where they have one
     format: str = ""
     #: bits of the activations
     activations: int = 16
     #: input columns that share a scale where a recipe does not say
     group_size: int = 128
+    #: whether some input columns stay in 16 bit, calibrated or learnt
+    outliers: bool = False
 
 
 def _axcore(name: str, summary: str) -> Method:
@@ -37,8 +39,33 @@ METHODS: dict[str, Method] = {
     m.name: m
     for m in (
         Method("none", "linear16", "the model's own 16-bit weights"),
-        Method("mix8", "mixq", "MixQ W8A8O16: int8 weights and activations, outlier columns in 16 bit"),
-        Method("int8", "mixq", "W8A8: mix8 without outlier columns"),
+        Method(
+            "mix8",
+            "mixq",
+            "MixQ W8A8O16: int8 weights and activations, outlier columns in 16 bit",
+            activations=8,
+            outliers=True,
+        ),
+        Method("int8", "mixq", "W8A8: mix8 without outlier columns", activations=8),
+        Method(
+            "llm-int8", "mixq", "W8A8, in every call the columns with any |x| > 6 in 16 bit", activations=8
+        ),
+        Method(
+            "mix4",
+            "mixq",
+            "MixQ W4A8O16: int4 weights, int8 activations, outlier columns in 16 bit, down_proj as in mix8",
+            format="int4",
+            activations=8,
+            outliers=True,
+        ),
+        Method(
+            "mix4:a4",
+            "mixq",
+            "MixQ W4A4O16 as published, for studies: plain torch",
+            format="int4",
+            activations=4,
+            outliers=True,
+        ),
         _axcore("axcore", "AxCore: 4-bit floats, a format for each block, products by integer addition"),
         _axcore("axcore-plus", "axcore with a compensation for each mantissa of the weight"),
         _axcore("mpfpma", "the ablation of axcore with E2M1 only and nothing else"),

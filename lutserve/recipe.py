@@ -46,6 +46,10 @@ class Group(BaseModel):
     dequant: Literal["exact", "fpma"] = "exact"
     #: whether the checkpoint holds the weights quantised, as `lutserve quantize` writes them
     stored: bool = False
+    #: outlier columns of mix8 and mix4: learnt while serving, or the calibrated ones for ever
+    outliers: Literal["online", "static"] = "online"
+    #: file of `lutserve calibrate`, relative to the model's folder; empty for the folder's own, if it has one
+    calibration: str = ""
 
     @model_validator(mode="before")
     @classmethod
@@ -254,6 +258,8 @@ def from_flags(
     softmax_sum: str | None = None,
     count_saturations: str | None = None,
     linear16: str | None = None,
+    outliers: str | None = None,
+    calibration: str | None = None,
 ) -> Recipe:
     """Return `base` (default: everything exact) with the given flags applied.
 
@@ -268,6 +274,8 @@ def from_flags(
         softmax_sum: precision of the softmax's sum, float32 or float16.
         count_saturations: "true" to count inputs outside their table's range.
         linear16: who multiplies the layers that stay 16 bit, "auto" or "vllm".
+        outliers: online or static, for the groups that keep outlier columns.
+        calibration: file of `lutserve calibrate` for them.
 
     """
     config = (base or Recipe()).to_config()
@@ -280,6 +288,16 @@ def from_flags(
         if method in (None, "none"):
             raise UserError(f"--{key.replace('_', '-')} {value} needs --method to say which layers it is for")
         config["config_groups"]["default"][key] = value
+    columns = {"outliers": outliers, "calibration": calibration}
+    columns = {key: value for key, value in columns.items() if value is not None}
+    keeping = [
+        g for g in config["config_groups"].values() if methods.get(g["method"], g.get("values")).outliers
+    ]
+    if columns and not keeping:
+        names = ", ".join(m.name for m in methods.METHODS.values() if m.outliers)
+        raise UserError(f"--outliers and --calibration-file need a --method with outlier columns: {names}")
+    for group in keeping:
+        group |= columns
     if lut_sites is not None and lut is None:
         raise UserError(f"--lut-sites {lut_sites} needs --lut to say which table those sites use")
     if lut is not None:

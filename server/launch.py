@@ -49,6 +49,7 @@ def serve(model: str, flags: Sequence[str], chosen: Recipe | None, **overrides: 
     stored = recipe.from_model(config, str(folder / "config.json"))
     served = recipe.from_flags(chosen or stored, **overrides)
     check_model(config, served, flags)
+    check_calibrations(served, path)
     if importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed: pip install 'lutserve[cpu]' (or 'lutserve[cuda]')")
     if not on_cpu() and served != Recipe():
@@ -178,6 +179,14 @@ def check_softmax(config: Mapping[str, Any], served: Recipe) -> None:
             f"softmax tables cannot serve this model: {', '.join(reasons)}; "
             "use --lut-sites without softmax_exp and softmax_recip"
         )
+
+
+def check_calibrations(served: Recipe, model: str) -> None:
+    """UserError if a group of the recipe lacks the calibration that it needs, or names a bad one."""
+    from lutserve.quantizers.columns import calibration_of
+
+    for group in served.config_groups.values():
+        calibration_of(group, model)
 
 
 def run(argv: list[str]) -> None:

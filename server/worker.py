@@ -21,6 +21,7 @@ class LutserveWorker:
                 "bits": report.stored_bits,
                 "weights": report.weights,
                 "outlier_columns": report.live.count if report.live else 0,
+                "outlier_slots": report.live.columns.tolist() if report.live else [],
                 "outlier_misses": report.live.misses if report.live else 0,
             }
             for report in REPORTS.layers.values()

@@ -17,7 +17,8 @@ from lutserve.kernels.reference import quantize_rows
 from lutserve.methods import METHODS
 from lutserve.quant_methods import mixq as method
 from lutserve.quant_methods.config import REPORTS, LayerReport
-from lutserve.quant_methods.mixq import KERNELS, THRESHOLD, MixqKernel, capacity
+from lutserve.quant_methods.mixq import KERNELS, MixqKernel
+from lutserve.quantizers.outliers import PRIOR_ROWS, THRESHOLD, capacity
 from lutserve.recipe import Group
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -248,7 +249,7 @@ def test_learning_grows_rarer_while_nothing_changes() -> None:
     kernel = MixqKernel(weight, outliers=True)
     for _ in range(200):
         kernel(x)
-    seen = kernel.slots.rows - method.PRIOR_ROWS
+    seen = kernel.slots.rows - PRIOR_ROWS
     assert kernel.slots.misses == 200
     assert 3 < seen < 20
 

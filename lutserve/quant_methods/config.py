@@ -31,6 +31,8 @@ class LayerReport:
 
     prefix: str
     method: str
+    #: the checkpoint's names of what was fused into it
+    parts: tuple[str, ...] = ()
     kernel: str = ""
     #: stored bits a weight, scales included
     bits: float = 16.0
@@ -128,7 +130,7 @@ class LutserveConfig(QuantizationConfig):
         shards = [f"{stem}.{name}" for name in self.packed_modules_mapping.get(leaf, [])]
         group = recipe.group_for(prefix, shards)
         method = group.arithmetic
-        report = REPORTS.layers[prefix] = LayerReport(prefix, method.name)
+        report = REPORTS.layers[prefix] = LayerReport(prefix, method.name, tuple(shards))
         family = import_module(f"lutserve.quant_methods.{method.family}")
         linear_method: QuantizeMethodBase = family.linear_method(method, group, report)
         return linear_method

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lutserve.quantizers.skeleton import run_block
+
+E = TypeVar("E", bound="Entry")
 
 
 @dataclass
@@ -28,6 +30,11 @@ class Inputs:
     absmean: Tensor
     tokens: int = 0
 
+    @classmethod
+    def empty(cls, k: int) -> Inputs:
+        """An entry of width k that has seen nothing."""
+        return cls([], torch.zeros(k, k), torch.zeros(k), torch.zeros(k))
+
     def add(self, x: Tensor) -> None:
         """Take in x [..., K]."""
         x = x.reshape(-1, x.shape[-1])
@@ -44,9 +51,19 @@ class Inputs:
         self.absmean /= scale
 
 
+class Entry(Protocol):
+    """What sums up one input: the layers that read it, and a way to take in more of it."""
+
+    layers: list[str]
+
+    def add(self, x: Tensor) -> None:
+        """Take in x [..., K]."""
+
+
 @dataclass
-class _Recorder:
-    inputs: list[Inputs] = field(default_factory=list)
+class _Recorder(Generic[E]):
+    make: Callable[[int], E]
+    inputs: list[E] = field(default_factory=list)
     #: tensors of the running sample and their place in `inputs`; held, so that no address is used twice
     seen: list[tuple[Tensor, int]] = field(default_factory=list)
     places: dict[str, int] = field(default_factory=dict)
@@ -55,8 +72,7 @@ class _Recorder:
         known = next((i for tensor, i in self.seen if _same(tensor, x)), None)
         place = self.places.setdefault(name, len(self.inputs) if known is None else known)
         if place == len(self.inputs):
-            k = x.shape[-1]
-            self.inputs.append(Inputs([], torch.zeros(k, k), torch.zeros(k), torch.zeros(k)))
+            self.inputs.append(self.make(x.shape[-1]))
         if name not in self.inputs[place].layers:
             self.inputs[place].layers.append(name)
         if known is None:
@@ -64,7 +80,6 @@ class _Recorder:
             self.seen.append((x, place))
 
 
-@torch.no_grad()
 def collect(
     block: nn.Module,
     linears: dict[str, nn.Linear],
@@ -73,11 +88,29 @@ def collect(
     advance: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Inputs]:
-    """Run a block over the samples and sum up the inputs of its linear layers.
+    """Run a block over the samples and sum up the inputs of its linear layers; see `record`."""
+    inputs = record(Inputs.empty, block, linears, hidden, arguments, advance, progress)
+    for entry in inputs:
+        entry.absmean /= entry.tokens
+    return inputs
+
+
+@torch.no_grad()
+def record(
+    make: Callable[[int], E],
+    block: nn.Module,
+    linears: dict[str, nn.Linear],
+    hidden: list[Tensor],
+    arguments: dict[str, Any],
+    advance: bool = False,
+    progress: Callable[[], None] = lambda: None,
+) -> list[E]:
+    """Run a block over the samples and let entries take in the inputs of its linear layers.
 
     Layers that are handed the same tensor (q, k and v) share one entry.
 
     Args:
+        make: makes an empty entry for an input of the given width.
         block: filled with weights.
         linears: its linear layers by name.
         hidden: samples, fp32 [1, L, H].
@@ -86,7 +119,7 @@ def collect(
         progress: called after each sample.
 
     """
-    recorder = _Recorder()
+    recorder = _Recorder(make)
 
     def hook(name: str) -> Any:
         return lambda module, given: recorder(name, given[0])
@@ -102,8 +135,6 @@ def collect(
     finally:
         for handle in hooks:
             handle.remove()
-    for entry in recorder.inputs:
-        entry.absmean /= entry.tokens
     return recorder.inputs
 
 
