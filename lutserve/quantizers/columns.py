@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lutserve import methods
 from lutserve.errors import UserError
 from lutserve.recipe import Group
 
@@ -133,7 +132,7 @@ def calibration_of(group: Group, model: str) -> Calibration | None:
         UserError: the file cannot be read, or static outlier columns lack one.
 
     """
-    if not methods.get(group.method).outliers:
+    if not group.arithmetic.outliers:
         return None
     file = Path(model) / (group.calibration or FILE)
     if group.calibration or file.is_file():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lutserve import methods
-from lutserve.errors import UserError
 from lutserve.recipe import Group
 
 #: bits of a scale in the published accounting; our kernels hold fp32 ones, 16 / group size more a weight
@@ -42,22 +40,26 @@ class Precision:
         return round(self.outliers * columns)
 
 
+#: how many columns MixQ keeps is found while serving; this is the published figure
+_KEPT = 0.01
+#: an AxCore block's type, as the published accounting spreads it over the block's scales
+_TYPE_BITS = 2
+
 _NAMED = {
     "none": Precision(16, 16),
     "int8": Precision(8, 8, SCALE_BITS),
-    # How many columns mix8 keeps is found while serving; 1 % is the published figure.
-    "mix8": Precision(8, 8, SCALE_BITS, outliers=0.01),
+    "llm-int8": Precision(8, 8, SCALE_BITS, outliers=_KEPT),
+    "mix8": Precision(8, 8, SCALE_BITS, outliers=_KEPT),
+    "fpma": Precision(16, 16),
+    "lmul": Precision(16, 16),
 }
 
 
 def of(group: Group) -> Precision:
-    """The precision of a recipe's choice; UserError for a method that this accounting does not know."""
-    method = methods.get(group.method)
+    """The precision of a recipe's choice."""
+    method = group.arithmetic
     if method.name in _NAMED:
         return _NAMED[method.name]
-    if method.family != "codebook":
-        raise UserError(
-            f"the size of {method.name} is not known here; known: {', '.join(_NAMED)}, 4-bit formats"
-        )
     # Formats of fewer bits are stored in four.
-    return Precision(4, method.activations, SCALE_BITS, group.group_size)
+    scale = SCALE_BITS + (_TYPE_BITS if method.family == "axcore" else 0)
+    return Precision(4, method.activations, scale, group.group_size, _KEPT if method.outliers else 0.0)
