@@ -72,7 +72,9 @@ SumOption = Annotated[
 CountOption = Annotated[
     bool, typer.Option("--lut-count-saturations", help="Count inputs outside their table's range.")
 ]
-KvOption = Annotated[str | None, typer.Option("--kv", help="KV cache: exact.")]
+KvOption = Annotated[
+    str | None, typer.Option("--kv", help="KV cache: exact, axcore, or a 4-bit format (nf4, int4, ...).")
+]
 
 
 def _version(show: bool) -> None:

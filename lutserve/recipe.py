@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from lutserve import luts, methods
+from lutserve import kv_formats, luts, methods
 from lutserve.errors import UserError
 
 Site = Literal["silu", "gelu", "softmax_exp", "softmax_recip", "rsqrt"]
@@ -80,7 +80,13 @@ class Recipe(BaseModel):
     softmax_sum: Literal["float32", "float16"] = "float32"
     #: count inputs outside their table's range, for `lutserve:lut_saturations_total`
     count_saturations: bool = False
-    kv_cache_scheme: Literal["exact"] = "exact"
+    #: "exact" (16 bit), "axcore", or a 4-bit format
+    kv_cache_scheme: str = kv_formats.EXACT
+
+    @field_validator("kv_cache_scheme")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        return kv_formats.check(value)
 
     @field_validator("luts")
     @classmethod

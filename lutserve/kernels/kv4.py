@@ -180,9 +180,10 @@ def _write_reference(
 
     def put(kind: int, token: int, block: int, indices: torch.Tensor) -> None:
         """Indices [heads, head size] of a token within its block."""
-        at, shift = bytes_of[kind, token], shifts[kind, token].to(torch.uint8)
-        kept = pages[block][:, at] & (0xF0 >> shift)
-        pages[block][:, at] = kept | (indices << shift)
+        for shift in (0, 4):  # one after the other, because two channels may have halves of one byte
+            here = shifts[kind, token] == shift
+            at = bytes_of[kind, token, here]
+            pages[block][:, at] = (pages[block][:, at] & (0xF0 >> shift)) | (indices[:, here] << shift)
 
     places = layout.scale_places()
     for i, slot in enumerate(slots.tolist()):
@@ -216,7 +217,8 @@ def _write_reference(
 def tail_of(page: torch.Tensor, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
     """View of the tails in pages [..., bytes]: [..., UNIT - 1, head size] of dtype."""
     end = layout.tail + 2 * (UNIT - 1) * layout.head_size
-    return page[..., layout.tail : end].view(dtype).unflatten(-1, (UNIT - 1, layout.head_size))
+    flat = page[..., layout.tail : end].view(dtype)
+    return flat.view(*flat.shape[:-1], UNIT - 1, layout.head_size)
 
 
 def _tail_fake(value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
