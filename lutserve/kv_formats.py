@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class Coding:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a 4-bit cache is coded: keys by token, values by token or, `by_unit`, 64 tokens of a channel at once."""
+    """How a 4-bit cache is coded: keys by token, values by token or, `by_unit`, by 64 tokens of a channel."""
 
     keys: Coding
     values: Coding
@@ -97,7 +98,7 @@ def _from_codebook(codebook: Codebook) -> Coding:
 def _float(magnitudes: tuple[float, ...], compensation: float | None = None) -> Coding:
     """A sign and eight magnitudes; a tie goes to the even significand, as IEEE's rounding has it."""
     # One mantissa bit or more: every other code is even. Without one, all of them but zero are odd.
-    powers = all(b == 2 * a for a, b in zip(magnitudes[1:], magnitudes[2:], strict=False))
+    powers = all(b == 2 * a for a, b in pairwise(magnitudes[1:]))
     away = [i > 0 if powers else i % 2 == 1 for i in range(len(magnitudes) - 1)]
     values = (*(-m for m in reversed(magnitudes)), *magnitudes)
     # What is between -0 and 0 is 0: below every fp16 number that is not.

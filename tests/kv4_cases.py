@@ -181,8 +181,14 @@ def product(q: torch.Tensor, value: float, coding) -> float:
     fraction, exponent = math.frexp(abs(value))
     offset = (exponent - 1) * mantissas + int((2 * fraction - 1) * mantissas)
     pattern = bits + offset + round(coding.compensation / scale)
-    number = torch.tensor(pattern, dtype=torch.int16).view(q.dtype).item()
-    return math.copysign(number, q.item() * value)
+    return math.copysign(number(pattern, q.dtype), q.item() * value)
+
+
+def number(pattern: int, dtype: torch.dtype) -> float:
+    """The number of a 16-bit pattern."""
+    if dtype == torch.float16:
+        return struct.unpack("<e", struct.pack("<H", pattern))[0]
+    return struct.unpack("<f", struct.pack("<I", pattern << 16))[0]
 
 
 def rounded(x: float, dtype) -> float:

@@ -1,7 +1,7 @@
-"""`lutserve::kv4_write` and `lutserve::kv4_keep_tail`: keys and values into a paged cache of 4 bits a value.
+"""`lutserve::kv4_write` and `kv4_keep_tail`: keys and values into a paged cache of 4 bits a value.
 
-The cache is uint8 [blocks, kv heads, block size, bytes a token]; one block of one head is a page, and what lies
-where inside it is ours (`Layout`). Quantisation is the same for all formats (AxCore, DOI
+The cache is uint8 [blocks, kv heads, block size, bytes a token]; one block of one head is a page, and what
+lies where inside it is ours (`Layout`). Quantisation is the same for all formats (AxCore, DOI
 10.1145/3725843.3756094, its exact mode): for a group of numbers w
 
     S = rn16(fl32(max |w| / divisor))                          NaN where a w is not finite
@@ -86,7 +86,7 @@ class Layout:
 def quantise(
     x: torch.Tensor, group: int, bounds: torch.Tensor, divisor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices uint8, shape of x [..., n], and scales fp16 [..., ceil(n / group)], groups along the last axis."""
+    """Indices uint8, shape of x [..., n], and scales fp16 [..., ceil(n / group)] of groups of n."""
     indices, scales = [], []
     for part in x.float().split(group, -1):
         top = part.abs().amax(-1, keepdim=True)
@@ -247,10 +247,10 @@ write = define(
 """Quantise keys and values and store them, by the rule at the top of this module.
 
 key, value: [tokens, kv heads, head size], both float16 or both bfloat16; tokens behind the last slot are
-padding. cache: uint8 [blocks, kv heads, block size, Layout.bytes_per_token], each block of each head contiguous.
-slots: int64 [at most tokens], block * block size + offset for each token, negative: not stored. bounds:
-float32 [2, 15], of keys and of values. by_unit: values by unit; the tokens of a unit must then follow one
-another, in this call or over several with `kv4_keep_tail` after each.
+padding. cache: uint8 [blocks, kv heads, block size, Layout.bytes_per_token], each block of each head
+contiguous. slots: int64 [at most tokens], block * block size + offset for each token, negative: not stored.
+bounds: float32 [2, 15], of keys and of values. by_unit: values by unit; the tokens of a unit must then follow
+one another, in this call or over several with `kv4_keep_tail` after each.
 RuntimeError if the arguments are not so.
 """
 

@@ -7,13 +7,14 @@ the model's dtype D), g a group of channels. What is not said is as in `kernels.
     o_d = sum_j rnD(fl32(e_j S_jg)) T[v_jd]             rnD: to bf16 in bf16 models, nothing in fp16 ones
 
 A key of weight e_j = 0 contributes nothing, whatever its scale. With mpFPMA products (AxCore, DOI
-10.1145/3725843.3756094) the product of an activation and a value +-2^eps (1 + mu / M), where M is the number of
-mantissas of D (1024 in fp16, 128 in bf16), is
+10.1145/3725843.3756094) the product of an activation and a value +-2^eps (1 + mu / M), where M is the number
+of mantissas of D (1024 in fp16, 128 in bf16), is
 
-    q (x) k = +-2^eps G_mu(q),    G_mu(q) = sign(q) D[min(n(q) + mu + C, n(inf))], 0 where q is 0, q where not finite
+    q (x) k = +-2^eps G_mu(q)
+    G_mu(q) = sign(q) D[min(n(q) + mu + C, largest)]          0 where q is 0, q where it is not finite
 
 n(q) being the pattern of |q| and D[n] the number of that pattern: one integer addition. It equals the
-published product wherever that is a normal number, up to 2^15. C is the mean error over all mantissas,
+published product wherever q and that are normal numbers, up to 2^15. C is the mean error over all mantissas,
 rounded: in fp16 43 (E2M1) and 54 (E1M2), in bf16 5 and 7. So the sum over d is one over classes mu as well:
 sum_mu sum_d G_mu(q_d) T_mu[k_jd], T_mu holding +-2^eps for the values of class mu and 0 for the others.
 
@@ -31,10 +32,10 @@ from lutserve.kernels.library import define
 
 
 def class_map(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """G_mu of x, a float16 or bfloat16 [...]; offsets: int32 [classes], mu + C. Returns [..., classes] like x."""
+    """G_mu of a float16 or bfloat16 [...]; offsets: int32 [classes], mu + C. Returns [..., classes]."""
     bits = x.view(torch.int16).int()[..., None]
     magnitude, top = bits & 0x7FFF, 0x7C00 if x.dtype == torch.float16 else 0x7F80
-    moved = torch.where(magnitude == 0, 0, (magnitude + offsets).clamp(max=top))
+    moved = torch.where(magnitude == 0, 0, (magnitude + offsets).clamp(max=top - 1))
     result = (bits & 0x8000) | torch.where(magnitude < top, moved, magnitude)
     return result.to(torch.int16).view(x.dtype)
 
@@ -172,8 +173,8 @@ def _by_unit(
 ) -> torch.Tensor:
     """Weighted sums, fp32 [kv heads, group, rows, head size].
 
-    weights: [kv heads, group, rows, keys]. values: [kv heads, keys, head size]. scales: [kv heads, units, head
-    size]. raw: [kv heads, keys from `start` on, head size]. seen: [rows, keys].
+    weights: [kv heads, group, rows, keys]. values: [kv heads, keys, head size]. scales: [kv heads, units,
+    head size]. raw: [kv heads, keys from `start` on, head size]. seen: [rows, keys].
     """
     rows, keys = seen.shape
     result = torch.zeros(*weights.shape[:3], values.shape[2])
@@ -198,9 +199,9 @@ kv4_attention = define(
 )
 """Causal attention of new queries over a 4-bit cache, by the rule at the top of this module.
 
-query, out, block_table, query_start, lengths, exp_table, recip_table, fp16_sum: as for `lut_attention`. value:
-[tokens, kv heads, head size], the values of these queries' tokens, where values are by unit, else None. cache:
-as `kv4_write` leaves it. key_tables, value_table: [classes, 16] and [16] of query's dtype. offsets: int32
-[classes], mu + C of each class (1, 2 or 4 of them), None for exact products. RuntimeError if the arguments
-are not so.
+query, out, block_table, query_start, lengths, exp_table, recip_table, fp16_sum: as for `lut_attention`.
+value: [tokens, kv heads, head size], the values of these queries' tokens where they are by unit, else None.
+cache: as `kv4_write` leaves it. key_tables, value_table: [classes, 16] and [16] of query's dtype. offsets:
+int32 [classes], mu + C of each class (1, 2 or 4 of them), None for exact products.
+RuntimeError if the arguments are not so.
 """

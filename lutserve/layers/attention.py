@@ -2,8 +2,8 @@
 
 vLLM's platform for CPUs always takes the backend CPU_ATTN, so ours takes that name and decides from the
 recipe while the model is built: vLLM's own classes where cache and every softmax are exact, ours for all
-layers where one is not. All layers, because those that share a cache must write it in one layout, and builder and
-implementation must fit; a layer whose sites are exact then computes the exact rule of our kernel.
+layers where one is not. All layers, because those that share a cache must write it in one layout, and
+builder and implementation must fit; a layer whose sites are exact then computes the exact rule of our kernel.
 """
 
 from __future__ import annotations
@@ -247,9 +247,8 @@ class Kv4AttentionImpl(LutAttentionImpl):
         }
         found += [reason for reason, true in reasons.items() if true]
         if found:
-            raise UserError(
-                f"--kv {self.recipe.kv_cache_scheme} cannot serve this model: {', '.join(found)}; use --kv exact"
-            )
+            scheme = self.recipe.kv_cache_scheme
+            raise UserError(f"--kv {scheme} cannot serve this model: {', '.join(found)}; use --kv exact")
 
     def do_kv_cache_update(
         self,

@@ -21,13 +21,20 @@ class Tensors:
     @staticmethod
     def of(scheme: Scheme, dtype: torch.dtype) -> Tensors:
         """Return the tensors for a model of float16 or bfloat16."""
-        key_tables, offsets = torch.tensor([scheme.keys.values]), None
+        tables: list[tuple[float, ...]] = [scheme.keys.values]
+        offsets = None
         if scheme.keys.compensation is not None:
             # The patterns of bf16 have 8 times fewer mantissas than those of fp16.
             step = 1 if dtype == torch.float16 else 8
             constant = round(scheme.keys.compensation / step)
-            key_tables = torch.tensor([table for _, table in scheme.keys.classes])
-            offsets = torch.tensor([mu // step + constant for mu, _ in scheme.keys.classes]).int()
-        bounds = torch.tensor([scheme.keys.bounds, scheme.values.bounds])
-        value_table = torch.tensor(scheme.values.values)
-        return Tensors(bounds, key_tables.to(dtype), offsets, value_table.to(dtype))
+            tables = [table for _, table in scheme.keys.classes]
+            offsets = torch.tensor(
+                [mu // step + constant for mu, _ in scheme.keys.classes], dtype=torch.int32
+            )
+        return Tensors(
+            # While vLLM builds a model torch's default dtype is the model's.
+            torch.tensor([scheme.keys.bounds, scheme.values.bounds], dtype=torch.float32),
+            torch.tensor(tables, dtype=dtype),
+            offsets,
+            torch.tensor(scheme.values.values, dtype=dtype),
+        )

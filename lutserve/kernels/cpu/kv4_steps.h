@@ -60,7 +60,7 @@ struct Kv4Attention : Attention<P> {
       for (int64_t d = 0; d < p.size; ++d) {
         const int sign = row[d] & 0x8000, magnitude = row[d] & 0x7FFF;
         for (int64_t c = 0; c < p.classes; ++c) {
-          const int moved = magnitude ? std::min(magnitude + p.offsets[c], kInfinity) : 0;
+          const int moved = magnitude ? std::min(magnitude + p.offsets[c], kInfinity - 1) : 0;
           mapped[d * p.classes + c] = uint16_t(sign | (magnitude < kInfinity ? moved : magnitude));
         }
       }
