@@ -83,10 +83,10 @@ def test_every_level_agrees_with_the_reference(level, expected):
 def test_steps_and_threads_change_no_bits(name, dtype, table):
     """However a prompt is cut, alone or beside another, with one thread or three."""
     table = table and luts.lut_table("softmax_exp", table, torch.float16)
-    case = batch(name, (1100, 200), (6, 2), 64, dtype, 192, values="normal", exp_table=table)
+    case = batch(name, (600, 100), (3, 1), 32, dtype, 192, values="normal", exp_table=table)
     want, cache = case.run()
     threads = torch.get_num_threads()
-    steps = ([[64, 0], [1, 200], [512, 0], [500, 0], [23, 0]], [[1099, 199], [1, 1]], [[0, 63], [1100, 137]])
+    steps = ([[64, 0], [1, 100], [447, 0], [65, 0], [23, 0]], [[599, 99], [1, 1]], [[0, 63], [600, 37]])
     try:
         for count, step in enumerate(steps, start=1):
             torch.set_num_threads(count)
@@ -115,7 +115,9 @@ def test_kernel_and_reference_are_close_off_the_grid(name, family, dtype):
     case = batch(name, (150,), (6, 2), 80, dtype, values="normal", model_type=family)
     y, want = case.run()[0][0].double(), case.run(reference=True)[0][0].double()
     ulp = torch.finfo(dtype).eps
-    assert ((y - want).abs() <= 2 * ulp * want.abs() + 2e-5).all()
+    # In bf16 models the two exponentials may round a weight to one of two neighbours.
+    slack = ulp if dtype == B else 2e-5
+    assert ((y - want).abs() <= 2 * ulp * want.abs() + slack).all()
     assert (y - want).abs().mean() < 0.02 * ulp
 
 
@@ -153,11 +155,12 @@ def arguments(case):
     """Those of one call, by name."""
     seen = {}
 
-    def spy(*values):
-        names = kv4_attention.kv4_attention._schema.arguments
-        seen.update(zip((a.name for a in names), values, strict=True))
-
     original = kv4_attention.kv4_attention
+
+    def spy(*values):
+        names = (argument.name for argument in original._schema.arguments)
+        seen.update(zip(names, values, strict=True))
+
     try:
         kv4_attention.kv4_attention = spy
         case.run()
