@@ -88,3 +88,11 @@ def test_environment_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         assert os.environ["VLLM_PLUGINS"] == "mine,lutserve,lutserve_stats,lutserve_http"
         assert os.environ["DO_NOT_TRACK"] == "1"
         assert "HF_HUB_OFFLINE" not in os.environ
+
+
+def test_flags_of_a_four_bit_cache() -> None:
+    assert launch.cache_flags("nf4", []) == ["--kv-cache-dtype", "int4_per_token_head"]
+    assert launch.cache_flags("axcore", [])[2:] == ["--block-size", "1152"]
+    assert launch.cache_flags("axcore", ["--block-size=128"])[2:] == []
+    with pytest.raises(UserError, match="--kv nf4 and --kv-cache-dtype: give one"):
+        launch.cache_flags("nf4", ["--kv-cache-dtype", "fp8"])
