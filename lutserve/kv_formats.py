@@ -71,7 +71,9 @@ def check(name: str) -> str:
         try:
             formats.get(name).table  # noqa: B018
         except UserError as error:
-            raise UserError(f"{error}; a KV cache can also be {EXACT} or {AXCORE}") from None
+            raise UserError(
+                f"kv_cache_scheme={name!r} is not {EXACT} or {AXCORE}, and no 4-bit format: {error}"
+            ) from None
     return name
 
 

@@ -38,8 +38,8 @@ def test_a_server(tiny: Path, tmp_path: Path, scheme: str, ratio: float, block: 
         metrics = http.get(f"{server.base_url}/metrics").text
         assert http.get(f"{server.base_url}/lutserve/recipe").json()["kv_cache_scheme"] == scheme
     assert alone == again == together and all(alone)
-    size = re.search(r'kv_cache_size_tokens="(\d+)"', metrics)
-    assert size and ratio < int(size[1]) / SIXTEEN_BIT < 4
+    blocks = re.search(r'num_gpu_blocks="(\d+)"', metrics)
+    assert blocks and ratio < int(blocks[1]) * block / SIXTEEN_BIT < 4
     assert f'site="kv_cache",choice="{scheme}"' in metrics or f'choice="{scheme}",site="kv_cache"' in metrics
     hits = re.search(r"^vllm:prefix_cache_hits_total\S* (\S+)", metrics, re.M)
     assert hits and (float(hits[1]) > 64) == (block == 64)
