@@ -17,7 +17,7 @@ EXACT = "exact"
 AXCORE = "axcore"
 #: Tokens of a block in AxCore's cache. Each block and head keeps up to 63 tokens' values in 16 bit: 7 bytes a
 #: token at head size 64, of 75, which are 256 in 16 bit. Smaller blocks hold fewer tokens in the same memory
-#: (2.0 times 16 bit at 128), larger ones waste more at a request's end.
+#: (1.95 times 16 bit at 128), larger ones waste more at a request's end.
 AXCORE_BLOCK = 1152
 
 

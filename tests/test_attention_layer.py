@@ -114,7 +114,7 @@ def test_float32_is_refused(building):
             attention.LutAttentionImpl(**GOOD)
 
 
-@pytest.mark.parametrize(("scheme", "content"), [("nf4", 68), ("axcore", 132)])
+@pytest.mark.parametrize(("scheme", "content"), [("nf4", 68), ("axcore", 131)])
 def test_a_four_bit_cache(building, scheme, content, monkeypatch):
     """Which classes, how large a page, and what is refused."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec

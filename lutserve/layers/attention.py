@@ -74,7 +74,7 @@ class LutAttentionBackend(CPUAttentionBackend):
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """Return vLLM's description of a layer's cache with the bytes that our pages take."""
-        if cls.scheme is None or spec.state_content_bytes is not None:
+        if cls.scheme is None or spec.dtype != torch.uint8 or spec.state_content_bytes is not None:
             return spec
         layout = kv4.Layout(spec.block_size, spec.head_size, cls.scheme.by_unit)
         return replace(spec, state_content_bytes=layout.bytes_per_token)
@@ -224,7 +224,7 @@ class Kv4AttentionImpl(LutAttentionImpl):
         block = config.cache_config.block_size
         layout = kv4.Layout(block, self.head_size, self.scheme.by_unit)
         logger.info_once(
-            "lutserve: KV cache: %s, %.2f bits a value with all scales, %d tokens a block, kernel %s",
+            "lutserve: KV cache: %s, %.2f bits a value with all that belongs to it, %d tokens a block, kernel %s",
             self.recipe.kv_cache_scheme,
             4 * layout.bytes_per_token / self.head_size,
             block,
