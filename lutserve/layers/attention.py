@@ -224,7 +224,7 @@ class Kv4AttentionImpl(LutAttentionImpl):
         block = config.cache_config.block_size
         layout = kv4.Layout(block, self.head_size, self.scheme.by_unit)
         logger.info_once(
-            "lutserve: KV cache: %s, %.2f bits a value with all that belongs to it, %d tokens a block, kernel %s",
+            "lutserve: KV cache: %s, %.2f bits a value, all included, %d tokens a block, kernel %s",
             self.recipe.kv_cache_scheme,
             4 * layout.bytes_per_token / self.head_size,
             block,
