@@ -112,7 +112,9 @@ CalibrationOption = Annotated[
         "--calibration-file", help="File of `lutserve calibrate`. Default: the one in the model's folder."
     ),
 ]
-KvOption = Annotated[str | None, typer.Option("--kv", help="KV cache: exact.")]
+KvOption = Annotated[
+    str | None, typer.Option("--kv", help="KV cache: exact, axcore, or a 4-bit format (nf4, int4, ...).")
+]
 
 
 def _version(show: bool) -> None:

@@ -110,9 +110,9 @@ def _kernels() -> Iterator[Finding]:
         return
     compiler = machine.compiler()
     yield Finding("g++", compiler or "absent: plain torch kernels, several times slower")
-    from lutserve.kernels import activation, library, mixq
+    from lutserve.kernels import activation, kv4_attention, library, mixq
 
-    for op in (activation.act_and_mul, mixq.prepare, mixq.add_outliers):
+    for op in (activation.act_and_mul, mixq.prepare, mixq.add_outliers, kv4_attention.kv4_attention):
         name = op.name()
         try:
             yield Finding(f"op {name}", library.backend_for(name.removeprefix("lutserve::")))

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lutserve import formats, luts, methods
+from lutserve import formats, kv_formats, luts, methods
 from lutserve.errors import UserError
 
 Site = Literal["silu", "gelu", "softmax_exp", "softmax_recip", "rsqrt"]
@@ -123,7 +123,8 @@ class Recipe(BaseModel):
     softmax_sum: Literal["float32", "float16"] = "float32"
     #: count inputs outside their table's range, for `lutserve:lut_saturations_total`
     count_saturations: bool = False
-    kv_cache_scheme: Literal["exact"] = "exact"
+    #: "exact" (16 bit), "axcore", or a 4-bit format
+    kv_cache_scheme: str = kv_formats.EXACT
     #: who multiplies the layers that stay 16 bit: "auto" is our kernel where vLLM's is slow
     linear16: Literal["auto", "vllm"] = "auto"
 
@@ -133,6 +134,11 @@ class Recipe(BaseModel):
         for target in value:
             _check_pattern(target)
         return value
+
+    @field_validator("kv_cache_scheme")
+    @classmethod
+    def _known_scheme(cls, value: str) -> str:
+        return kv_formats.check(value)
 
     @field_validator("luts")
     @classmethod

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lutserve import models, recipe
+from lutserve import kv_formats, models, recipe
 from lutserve.errors import UserError
 from lutserve.kernels import isa
 from lutserve.recipe import Recipe
@@ -83,6 +83,8 @@ def arguments(model: str, path: str, served: Recipe, ours: bool, flags: Sequence
         argv += ["--served-model-name", model]
     if ours:
         argv += ["--quantization", "lutserve"]
+    if served.kv_cache_scheme != kv_formats.EXACT:
+        argv += cache_flags(served.kv_cache_scheme, flags)
     if not given(flags, "--shutdown-timeout"):
         argv += ["--shutdown-timeout", "30"]
     if on_cpu():
@@ -90,6 +92,17 @@ def arguments(model: str, path: str, served: Recipe, ours: bool, flags: Sequence
     argv += ["--middleware", "lutserve.server.gate.Gate"]
     argv += ["--worker-extension-cls", "lutserve.server.worker.LutserveWorker"]
     return [*argv, *flags, "--additional-config", json.dumps(extra)]
+
+
+def cache_flags(scheme: str, flags: Sequence[str]) -> list[str]:
+    """Return vLLM's flags for a 4-bit cache; UserError if the user's own contradict them."""
+    if given(flags, "--kv-cache-dtype"):
+        raise UserError(f"--kv {scheme} and --kv-cache-dtype: give one")
+    # The one name on vLLM's list that makes it allocate plain bytes; what they hold is ours.
+    found = ["--kv-cache-dtype", "int4_per_token_head"]
+    if scheme == kv_formats.AXCORE and not given(flags, "--block-size"):
+        found += ["--block-size", str(kv_formats.AXCORE_BLOCK)]
+    return found
 
 
 def prepare_environment(local: bool, flags: Sequence[str]) -> None:
@@ -141,9 +154,11 @@ def check_model(config: Mapping[str, Any], served: Recipe, flags: Sequence[str])
                 f"{key} {width} is not divisible by {parts} tensor-parallel parts; choose another -tp"
             )
     dtype = value_of(flags, "--dtype")
-    if dtype in ("float32", "float") and (served.luts or served.quantizes):
+    approximates = served.luts or served.quantizes or served.kv_cache_scheme != kv_formats.EXACT
+    if dtype in ("float32", "float") and approximates:
         raise UserError(
-            f"--dtype {dtype}: tables and int8 layers need a 16-bit model; use bfloat16 or float16"
+            f"--dtype {dtype}: tables, int8 layers and 4-bit caches need a 16-bit model; "
+            "use bfloat16 or float16"
         )
     foreign = (config.get("quantization_config") or {}).get("quant_method", "lutserve")
     if served.quantizes and foreign != "lutserve":

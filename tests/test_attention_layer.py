@@ -121,6 +121,36 @@ def test_float32_is_refused(building):
             attention.LutAttentionImpl(**GOOD)
 
 
+@pytest.mark.parametrize(("scheme", "content"), [("nf4", 68), ("axcore", 131)])
+def test_a_four_bit_cache(building, scheme, content, monkeypatch):
+    """Which classes, how large a page, and what is refused."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    monkeypatch.setattr(attention.LutAttentionBackend, "scheme", None)
+    spec = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.uint8)
+    good = GOOD | {"kv_cache_dtype": attention.CACHE_DTYPE}
+    backend = attention.LutAttentionBackend
+    with building(Recipe(kv_cache_scheme=scheme), kv_cache_dtype=attention.CACHE_DTYPE):
+        assert backend.get_impl_cls() is attention.Kv4AttentionImpl
+        assert backend.get_builder_cls() is attention.LutMetadataBuilder
+        for changes, message in (
+            ({"kv_cache_dtype": "auto"}, "auto cache.*--kv-cache-dtype int4_per_token_head"),
+            ({"sliding_window": 128}, "sliding window"),
+            ({"head_size": 40}, "head size 40"),
+            ({"kv_sharing_target_layer_name": "x"}, "share a cache"),
+        ):
+            with pytest.raises(UserError, match=f"--kv {scheme} cannot serve.*{message}") as refused:
+                attention.Kv4AttentionImpl(**good | changes)
+            assert "\n" not in str(refused.value)
+        attention.get_current_vllm_config().cache_config.block_size = 136
+        with pytest.raises(UserError, match="--block-size 136"):
+            attention.Kv4AttentionImpl(**good)
+        attention.get_current_vllm_config().cache_config.block_size = 128
+        assert backend.customize_spec(spec) is spec
+        attention.Kv4AttentionImpl(**good)
+    assert backend.customize_spec(spec).state_content_bytes == content
+
+
 def test_tables_by_layer():
     recipe = Recipe(luts={"layers.3.softmax_exp": "nli-4", "re:.*[02].softmax_recip": "nli-2"})
     found = {

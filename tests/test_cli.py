@@ -82,7 +82,7 @@ def test_shapes_that_cannot_be_split_are_refused(tmp_path: Path) -> None:
     assert "is not divisible by 3 tensor-parallel parts" in done.stderr
     done = lutserve("serve", str(model), "--dtype", "float32", "--lut", "nli-4")
     assert done.returncode == 2
-    assert "--dtype float32: tables and int8 layers need a 16-bit model" in done.stderr
+    assert "--dtype float32: tables, int8 layers and 4-bit caches need a 16-bit model" in done.stderr
 
 
 def test_models_that_cannot_take_a_recipe_are_refused(tmp_path: Path) -> None:

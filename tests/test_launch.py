@@ -137,3 +137,11 @@ def test_attentions_that_our_softmax_does_not_compute(config: dict[str, object],
         with pytest.raises(UserError, match=f"{reason}; use --lut-sites without") as refused:
             launch.check_model(config, from_flags(lut="nli-4", lut_sites=sites), [])
         assert "\n" not in str(refused.value)
+
+
+def test_flags_of_a_four_bit_cache() -> None:
+    assert launch.cache_flags("nf4", []) == ["--kv-cache-dtype", "int4_per_token_head"]
+    assert launch.cache_flags("axcore", [])[2:] == ["--block-size", "1152"]
+    assert launch.cache_flags("axcore", ["--block-size=128"])[2:] == []
+    with pytest.raises(UserError, match="--kv nf4 and --kv-cache-dtype: give one"):
+        launch.cache_flags("nf4", ["--kv-cache-dtype", "fp8"])

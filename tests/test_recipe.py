@@ -125,7 +125,8 @@ def test_bad_recipes_are_refused_in_one_line(config: dict[str, object], message:
         ({"lut": "nli4"}, "nli4"),
         ({"lut": "nli-4", "lut_sites": "silu,exp"}, "unknown site 'exp' in --lut-sites; allowed: silu, gelu"),
         ({"lut_sites": "silu"}, "needs --lut"),
-        ({"kv": "fp2"}, "kv_cache_scheme='fp2'"),
+        ({"kv": "fp2"}, "kv_cache_scheme='fp2'.*exact or axcore"),
+        ({"kv": "int5"}, "kv_cache_scheme='int5'"),
         ({"softmax_sum": "fp16"}, "softmax_sum='fp16'"),
     ],
 )

@@ -123,19 +123,31 @@ def _fake(
     same = query.dtype == out.dtype == cache.dtype
     fits = query.shape == out.shape and query.shape[1] % cache.shape[1] == 0
     _check_cache("lut_attention", cache, query, same, fits)
-    for table in (exp_table, recip_table):
+    check_tables("lut_attention", exp_table, recip_table)
+    check_requests("lut_attention", block_table, query_start, lengths)
+
+
+def check_tables(name: str, *tables: torch.Tensor | None) -> None:
+    """RuntimeError unless each is None or a table of fp16 entries; name: of the operator that has them."""
+    for table in tables:
         torch._check(
             table is None
             or (table.dtype == torch.float16 and table.shape == (65536,) and table.is_contiguous()),
-            lambda: "lut_attention: a table must be a contiguous float16 [65536]",
+            lambda: f"{name}: a table must be a contiguous float16 [65536]",
         )
+
+
+def check_requests(
+    name: str, block_table: torch.Tensor, query_start: torch.Tensor, lengths: torch.Tensor
+) -> None:
+    """RuntimeError unless these tensors describe requests."""
     torch._check(
         block_table.dtype == query_start.dtype == lengths.dtype == torch.int32
         and block_table.dim() == 2
         and query_start.shape == (len(lengths) + 1,)
         and len(block_table) == len(lengths),
         lambda: (
-            "lut_attention: block_table [requests, blocks], query_start [requests + 1] and "
+            f"{name}: block_table [requests, blocks], query_start [requests + 1] and "
             "lengths [requests] must be int32"
         ),
     )
@@ -179,7 +191,7 @@ def _reference(
         query, cache, block_table, query_start, lengths, out, scale, window, exp_table, recip_table, fp16_sum
     )
     for rows, scores, seen, values in scored(query, cache, block_table, query_start, lengths, scale, window):
-        weights, total = _weigh(scores, seen, exp_table)
+        weights, total = weigh(scores, seen, exp_table)
         weighted = _weighted(
             weights.to(query.dtype) if query.dtype == torch.bfloat16 else weights, values, seen
         )
@@ -223,7 +235,7 @@ def scored(
         yield rows, (grouped @ keys[:, None].transpose(2, 3)) * scale, seen, values
 
 
-def _weigh(
+def weigh(
     scores: torch.Tensor, seen: torch.Tensor, exp_table: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [..., rows, keys] of scores of that shape, and their sums [..., rows]; seen: [rows, keys]."""

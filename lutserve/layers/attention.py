@@ -1,19 +1,19 @@
-"""vLLM's attention on CPUs with tables in its softmax (`kernels.attention`).
+"""vLLM's attention on CPUs with tables in its softmax or 4 bits in its cache (`kernels.attention`, `kv4`).
 
 vLLM's platform for CPUs always takes the backend CPU_ATTN, so ours takes that name and decides from the
-recipe while the model is built: vLLM's own classes where every softmax is exact, ours for all layers where
-one is not. All layers, because those that share a cache must write it in one layout, and builder and
-implementation must fit; a layer whose sites are exact then computes the exact rule of our kernel.
+recipe while the model is built: vLLM's own classes where cache and every softmax are exact, ours for all
+layers where one is not. All layers, because those that share a cache must write it in one layout, and
+builder and implementation must fit; a layer whose sites are exact then computes the exact rule of our kernel.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from lutserve import luts
+from lutserve import kv_formats, luts
 from lutserve.compat import (
     AttentionBackendEnum,
     AttentionMetadataBuilder,
@@ -28,34 +28,56 @@ from lutserve.compat import (
     register_backend,
 )
 from lutserve.errors import UserError
-from lutserve.kernels import attention, library
+from lutserve.kernels import attention, kv4, kv4_attention, library
 from lutserve.layers import names, saturation
+from lutserve.layers.kv_cache import Tensors
 from lutserve.layers.sites import REPORTS, SiteReport
 from lutserve.recipe import Recipe, Site
 
 logger = init_logger("vllm.lutserve")
 
 
+#: the `--kv-cache-dtype` of vLLM that makes it allocate bytes, however they are used
+CACHE_DTYPE = "int4_per_token_head"
+
+
 def wanted() -> bool:
-    """Whether the model being built needs our softmax in some layer."""
+    """Whether the model being built needs our attention in some layer."""
     recipe = current_recipe() if is_building() else None
     return recipe is not None and (
-        recipe.may_use("softmax_exp") or recipe.may_use("softmax_recip") or recipe.softmax_sum == "float16"
+        recipe.may_use("softmax_exp")
+        or recipe.may_use("softmax_recip")
+        or recipe.softmax_sum == "float16"
+        or recipe.kv_cache_scheme != kv_formats.EXACT
     )
 
 
 class LutAttentionBackend(CPUAttentionBackend):
     """vLLM's CPU_ATTN, or ours under its name."""
 
+    #: of the model that this process has built; vLLM asks for page sizes after that, without a configuration
+    scheme: kv_formats.Scheme | None = None
+
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
         """Return the class that computes."""
+        recipe = current_recipe() if is_building() else None
+        if recipe is not None and recipe.kv_cache_scheme != kv_formats.EXACT:
+            return Kv4AttentionImpl
         return LutAttentionImpl if wanted() else CPUAttentionBackendImpl
 
     @staticmethod
     def get_builder_cls() -> type[AttentionMetadataBuilder]:
         """Return the class that prepares a step for the class above."""
         return LutMetadataBuilder if wanted() else CPUAttentionMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Return vLLM's description of a layer's cache with the bytes that our pages take."""
+        if cls.scheme is None or spec.dtype != torch.uint8 or spec.state_content_bytes is not None:
+            return spec
+        layout = kv4.Layout(spec.block_size, spec.head_size, cls.scheme.by_unit)
+        return replace(spec, state_content_bytes=layout.bytes_per_token)
 
 
 @dataclass
@@ -68,6 +90,8 @@ class LutMetadata:
     query_start: torch.Tensor
     #: int32 [requests], keys of each request with those of this step
     lengths: torch.Tensor
+    #: int64 [tokens], where this step's keys go
+    slots: torch.Tensor
 
 
 class LutMetadataBuilder(AttentionMetadataBuilder[LutMetadata]):
@@ -84,8 +108,11 @@ class LutMetadataBuilder(AttentionMetadataBuilder[LutMetadata]):
         """Return the metadata of one step."""
         m = common_attn_metadata
         if m.causal is not True:
-            raise UserError("softmax tables serve causal attention only; use --lut-sites without softmax")
-        return LutMetadata(m.block_table_tensor, m.query_start_loc, m.seq_lens)
+            raise UserError(
+                "softmax tables and 4-bit caches serve causal attention only; "
+                "use --lut-sites without softmax, and --kv exact"
+            )
+        return LutMetadata(m.block_table_tensor, m.query_start_loc, m.seq_lens, m.slot_mapping)
 
 
 class LutAttentionImpl(CPUAttentionBackendImpl):
@@ -93,13 +120,24 @@ class LutAttentionImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refuse(self, get_current_vllm_config())
-        library.load()
         recipe = current_recipe()
         assert recipe is not None, "vLLM has changed the recipe between get_impl_cls and the implementation"
         self.recipe = recipe
+        self.refuse(get_current_vllm_config())
+        library.load()
         self.tables: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
         self.counter: saturation.Counter | None = None
+
+    def refuse(self, vllm_config: Any) -> None:
+        """UserError where a layer needs what our kernel does not compute."""
+        found = unsupported(self, vllm_config)
+        if self.is_fp8_kv_cache:
+            found.append(f"a {self.kv_cache_dtype} KV cache")
+        if found:
+            raise UserError(
+                f"softmax tables cannot serve this model: {', '.join(found)}; "
+                "use --lut-sites without softmax_exp and softmax_recip"
+            )
 
     def do_kv_cache_update(
         self,
@@ -131,27 +169,38 @@ class LutAttentionImpl(CPUAttentionBackendImpl):
             self.counter = saturation.COUNTERS.get((layer.layer_name, "softmax_exp"))
         if attn_metadata is None:
             return output
+        self.attend(query, value, kv_cache, attn_metadata, output)
+        return output
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        step: LutMetadata,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend from query [tokens, heads, head size] to the cache, into out."""
+        assert self.tables is not None
         if self.counter is not None:
-            m = attn_metadata
-            steps = m.block_table, m.query_start, m.lengths
-            self.counter(query, kv_cache, *steps, self.scale, self.sliding_window)
+            steps = step.block_table, step.query_start, step.lengths
+            self.counter(query, cache, *steps, self.scale, self.sliding_window)
         attention.lut_attention(
             query,
-            kv_cache,
-            attn_metadata.block_table,
-            attn_metadata.query_start,
-            attn_metadata.lengths,
-            output,
+            cache,
+            step.block_table,
+            step.query_start,
+            step.lengths,
+            out,
             self.scale,
             self.sliding_window,
             *self.tables,
             self.recipe.softmax_sum == "float16",
         )
-        return output
 
 
-def refuse(impl: CPUAttentionBackendImpl, vllm_config: Any) -> None:
-    """UserError where a layer needs what our kernel does not compute."""
+def unsupported(impl: CPUAttentionBackendImpl, vllm_config: Any) -> list[str]:
+    """What a layer needs that none of our kernels computes."""
     dtype = vllm_config.model_config.dtype
     reasons = {
         f"{impl.attn_type} attention": impl.attn_type != AttentionType.DECODER,
@@ -161,16 +210,92 @@ def refuse(impl: CPUAttentionBackendImpl, vllm_config: Any) -> None:
         f"head size {impl.head_size} (multiples of 16 up to 256 are served)": not (
             impl.head_size % 16 == 0 and impl.head_size <= 256
         ),
-        f"a {impl.kv_cache_dtype} KV cache": impl.is_fp8_kv_cache,
         f"the model's dtype {dtype}": dtype not in (torch.float16, torch.bfloat16),
         "KV transfer, which knows vLLM's cache layout only": vllm_config.kv_transfer_config is not None,
     }
-    found = [reason for reason, true in reasons.items() if true]
-    if found:
-        raise UserError(
-            f"softmax tables cannot serve this model: {', '.join(found)}; "
-            "use --lut-sites without softmax_exp and softmax_recip"
+    return [reason for reason, true in reasons.items() if true]
+
+
+class Kv4AttentionImpl(LutAttentionImpl):
+    """Decoder attention of one layer through `lutserve::kv4_attention`, its cache in 4 bits."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = get_current_vllm_config()
+        model_type = getattr(config.model_config.hf_config, "model_type", "")
+        self.scheme = kv_formats.get(self.recipe.kv_cache_scheme, model_type)
+        self.tensors = Tensors.of(self.scheme, config.model_config.dtype)
+        LutAttentionBackend.scheme = self.scheme
+        block = config.cache_config.block_size
+        layout = kv4.Layout(block, self.head_size, self.scheme.by_unit)
+        logger.info_once(
+            "lutserve: KV cache: %s, %.2f bits a value, all included, %d tokens a block, kernel %s",
+            self.recipe.kv_cache_scheme,
+            4 * layout.bytes_per_token / self.head_size,
+            block,
+            library.backend_for("kv4_attention"),
         )
+
+    def refuse(self, vllm_config: Any) -> None:
+        """UserError where a layer needs what our kernel does not compute."""
+        found = unsupported(self, vllm_config)
+        by_unit = self.recipe.kv_cache_scheme == kv_formats.AXCORE
+        block, step = vllm_config.cache_config.block_size, kv4.UNIT if by_unit else attention.GROUP
+        reasons = {
+            f"a {self.kv_cache_dtype} cache (pass --kv-cache-dtype {CACHE_DTYPE})": self.kv_cache_dtype
+            != CACHE_DTYPE,
+            "a sliding window": self.sliding_window > 0,
+            "layers that share a cache": self.kv_sharing_target_layer_name is not None,
+            f"--block-size {block} (multiples of {step} are served)": block % step != 0,
+            "counting the softmax's saturations": self.recipe.count_saturations
+            and self.recipe.may_use("softmax_exp"),
+            # A rejected token would have entered the scales of its unit.
+            "speculative decoding": by_unit and vllm_config.speculative_config is not None,
+        }
+        found += [reason for reason, true in reasons.items() if true]
+        if found:
+            scheme = self.recipe.kv_cache_scheme
+            raise UserError(f"--kv {scheme} cannot serve this model: {', '.join(found)}; use --kv exact")
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Quantise key and value [tokens, kv heads, head size] and store them in the cache."""
+        divisors = (self.scheme.keys.divisor, self.scheme.values.divisor)
+        kv4.write(key, value, kv_cache, slot_mapping, self.tensors.bounds, *divisors, self.scheme.by_unit)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        step: LutMetadata,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend from query [tokens, heads, head size] to the cache, into out."""
+        assert self.tables is not None
+        kv4_attention.kv4_attention(
+            query,
+            value if self.scheme.by_unit else None,
+            cache,
+            step.block_table,
+            step.query_start,
+            step.lengths,
+            out,
+            self.tensors.key_tables,
+            self.tensors.offsets,
+            self.tensors.value_table,
+            self.scale,
+            *self.tables,
+            self.recipe.softmax_sum == "float16",
+        )
+        if self.scheme.by_unit:
+            kv4.keep_tail(value, cache, step.slots)
 
 
 def load_tables(recipe: Recipe, module: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:

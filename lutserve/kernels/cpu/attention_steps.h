@@ -5,6 +5,7 @@
 
 namespace lutserve {
 
+constexpr int64_t kTileRows = 24;
 constexpr int64_t kStride = kChunk + 16;  // between rows of scores and weights: no power of two, for the cache
 
 struct Problem {
@@ -32,17 +33,24 @@ struct Range {
 
 template <class P>
 struct Attention {
+  using Problem = lutserve::Problem;
   using T = typename P::Type;
   using Left = typename P::Left;
 
-  const Problem& p;
+  const lutserve::Problem& p;
   const Tile& t;
   int64_t rows, context;  // keys before the tile's first position
 
-  Attention(const Problem& problem, const Tile& tile) : p(problem), t(tile), rows(tile.count * problem.group) {
+  Attention(const lutserve::Problem& problem, const Tile& tile) : p(problem), t(tile), rows(tile.count * problem.group) {
     const int64_t queries = p.starts[t.request + 1] - p.starts[t.request];
     context = p.lengths[t.request] - queries + t.first;
   }
+
+  // Values that packed queries and one chunk's weights take.
+  int64_t queries() const { return rows * p.size; }
+  int64_t weights() const { return rows * kStride; }
+  // Positions that one tile may have which begins behind `context` keys.
+  static int64_t most_positions(int64_t) { return kTileRows; }
 
   // Keys that a position sees, and those that any position of the tile sees.
   Range keys(int64_t position) const {
@@ -63,12 +71,14 @@ struct Attention {
     return {all.begin - chunk * kChunk, all.end - chunk * kChunk};
   }
 
+  const uint16_t* query(int64_t row) const {
+    const int64_t token = p.starts[t.request] + t.first + row / p.group;
+    return p.query + token * p.query_token + (t.head * p.group + row % p.group) * p.query_head;
+  }
+
   void pack_queries(Left* q) const {
-    const int64_t token = p.starts[t.request] + t.first;
-    const uint16_t* from = p.query + token * p.query_token + t.head * p.group * p.query_head;
     for (int64_t r = 0; r < rows; ++r) {
-      const uint16_t* row = from + r / p.group * p.query_token + r % p.group * p.query_head;
-      for (int64_t d = 0; d < p.size; d += kLanes) P::pack(q + r * p.size + d, load(row + d));
+      for (int64_t d = 0; d < p.size; d += kLanes) P::pack(q + r * p.size + d, load(query(r) + d));
     }
   }
 
