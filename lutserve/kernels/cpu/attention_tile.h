@@ -157,6 +157,14 @@ inline void store_sums(float* to, const Sums<C>& sum, float factor) {
   }
 }
 
+// Sixteen columns of the sums.
+template <int C>
+inline F32 sixteen(const Sums<C>& sum, int column) {
+  F32 x;
+  std::memcpy(&x, sum + column * kParts, sizeof(x));
+  return x;
+}
+
 template <class Body, int... kN>
 inline void with_constant(int64_t n, Body& body, int64_t first, std::integer_sequence<int, kN...>) {
   (void)((n == kN + 1 && (body(std::integral_constant<int, kN + 1>(), first), true)) || ...);

@@ -90,11 +90,11 @@ struct Kv4Attention : Attention<P> {
         for (int64_t begin = 0, group = 0; begin < depth; begin += step, ++group) {
           const uint16_t* part[C];
           for (int i = 0; i < C; ++i) part[i] = right[i] + begin * kGroup;
-          F32 sum[R][C] = {};
+          Sums<C> sum[R] = {};
           multiply<P, R, C>(sum, q + row * depth + begin, depth, part, kGroup, std::min(step, depth - begin));
           for (int j = 0; j < C; ++j) {
             const F32 scale = load_scales(scales[j] + group * 2 * kGroup);
-            for (int i = 0; i < R; ++i) score[i][j] += sum[i][j] * scale;
+            for (int i = 0; i < R; ++i) score[i][j] += sixteen<C>(sum[i], j) * scale;
           }
         }
         for (int i = 0; i < R; ++i) {
@@ -171,7 +171,7 @@ struct Kv4Attention : Attention<P> {
         in_runs<kColumns>(std::min(kSixteens, p.size / kLanes - g * kSixteens), [&](auto c, int64_t column) {
           constexpr int R = decltype(r)::value, C = decltype(c)::value;
           const int64_t row = begin + first, d = g * kChannels + column * kLanes;
-          F32 sum[R][C] = {};
+          Sums<C> sum[R] = {};
           for (int64_t k = 0; k < depth; k += kGroup) {
             const uint16_t* right[C];
             for (int i = 0; i < C; ++i) right[i] = values + k * p.size + (d + i * kLanes) * P::kDepth;
@@ -181,7 +181,7 @@ struct Kv4Attention : Attention<P> {
             const F32 scale = scales ? load_scales(scales + (d + j * kLanes) * 2) : spread(1.0f);
             for (int i = 0; i < R; ++i) {
               float* to = part + (row + i) * p.size + d + j * kLanes;
-              store_f32(to, load_f32(to) + sum[i][j] * scale);
+              store_f32(to, load_f32(to) + sixteen<C>(sum[i], j) * scale);
             }
           }
         });
