@@ -10,15 +10,27 @@ namespace lutserve {
 
 constexpr int64_t kChunk = 512;  // keys whose sums are formed at once
 
-// Largest of scores[begin, end), NaN ignored; begin and end may be any, the array has whole sixteens.
+// Largest of scores[begin, end), NaN ignored; begin and end may be any.
 inline float row_maximum(const float* scores, int64_t begin, int64_t end) {
-  const F32 none = spread(-std::numeric_limits<float>::infinity());
-  F32 top = none;
-  for (int64_t k = begin & ~(kLanes - 1); k < end; k += kLanes) {
-    const F32 s = load_f32(scores + k);
-    top = larger(k >= begin && k + kLanes <= end ? s : lanes(begin - k, end - k) ? s : none, top);
+  float top = -std::numeric_limits<float>::infinity();
+  int64_t k = begin;
+  const auto one_by_one = [&](int64_t to) {
+    for (; k < to; ++k) top = scores[k] > top ? scores[k] : top;
+  };
+  one_by_one(std::min(end, (begin + kLanes - 1) / kLanes * kLanes));
+  Part tops[kParts];
+  for (Part& t : tops) t = everywhere(top);
+  for (; k + kLanes <= end; k += kLanes) {
+    for (int i = 0; i < kParts; ++i) {
+      Part s;
+      std::memcpy(&s, scores + k + i * kPart, sizeof(s));
+      tops[i] = s > tops[i] ? s : tops[i];
+    }
   }
-  return largest_of(top);
+  one_by_one(end);
+  F32 all;
+  std::memcpy(&all, tops, sizeof(all));
+  return std::max(top, largest_of(all));
 }
 
 // What the exponential is taken of: the score minus the row's maximum, saturated where fp16 ends, so that
@@ -33,7 +45,7 @@ inline void each_group(int64_t count, int64_t begin, int64_t end, Step step) {
   const auto some = [&](int64_t from, int64_t to) {
     for (int64_t k = from; k < to; k += kLanes) {
       const I32 mask = lanes(begin - k, end - k);
-      step(k, [&](const F32& x) { return mask ? x : F32{}; });
+      step(k, [&](const F32& x) { return choose(mask, x, F32{}); });
     }
   };
   const int64_t first = std::min(count, (begin + kLanes - 1) / kLanes * kLanes);

@@ -5,9 +5,10 @@
 #include <cmath>
 #include <cstring>
 #include <tuple>
+#include <vector>
 
-#include "simd.h"
 #include "tensor.h"
+#include "vec_float.h"
 
 namespace lutserve {
 namespace {
@@ -15,8 +16,34 @@ namespace {
 // Rows whose largest value is below this are zero: 127 / peak would leave fp32's range.
 constexpr float kTiny = 1e-30f;
 
-using I8 = int8_t __attribute__((vector_size(16)));
-constexpr I32 kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+// Bit patterns as integers; wider vectors GCC takes apart where the instruction set lacks them.
+using I16 = int16_t __attribute__((vector_size(32)));
+constexpr I16 kBit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768};
+
+template <class T>
+Float16 values(const I16& bits) {
+  Bits16 same;
+  std::memcpy(&same, &bits, sizeof(same));
+  return widen<T>(same);
+}
+
+// The low byte of each value's pattern.
+inline void store_low_bytes(int8_t* p, const Float16& x) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_castps_si512(x.v)));
+#elif defined(__AVX2__)
+  const __m256i byte = _mm256_set1_epi32(0xFF);
+  const __m256i words = _mm256_packus_epi32(_mm256_and_si256(_mm256_castps_si256(x.low), byte),
+                                            _mm256_and_si256(_mm256_castps_si256(x.high), byte));
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  // Packing works within 128-bit halves, so the four quarters come out as 0 2 1 3.
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi32(bytes, 0b11011000));
+#else
+  int32_t bits[kLanes];
+  std::memcpy(bits, x.lane, sizeof(bits));
+  for (int i = 0; i < kLanes; ++i) p[i] = int8_t(bits[i]);
+#endif
+}
 
 template <class T>
 struct Row {
@@ -24,8 +51,8 @@ struct Row {
   const int32_t* keep;
   int64_t columns;
 
-  // Calls step(first column, count, bits of sixteen columns in fp32, 0 where not kept); the last call may
-  // have fewer columns, with zeros behind them.
+  // Calls step(first column, count, bits of sixteen columns, 0 where not kept); the last call may have fewer
+  // columns, with zeros behind them.
   template <class Step>
   void each(Step step) const {
     int64_t c = 0;
@@ -36,41 +63,42 @@ struct Row {
     step(c, columns - c, fetch(tail, c));
   }
 
-  I32 fetch(const uint16_t* from, int64_t c) const {
-    const I32 bits = cast<I32>(widen<T>(load(from)));
-    const int32_t kept = (keep[c / 32] >> (c % 32)) & 0xFFFF;
-    if (kept == 0xFFFF) return bits;
-    return ((kept >> kLane) & 1) != 0 ? bits : I32{};
+  I16 fetch(const uint16_t* from, int64_t c) const {
+    I16 bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    const auto kept = int16_t(keep[c / 32] >> (c % 32));
+    return kept == -1 ? bits : bits & ((kept & kBit) != 0);
   }
 
   // Largest magnitude and its ratio to the root mean square. Magnitudes are compared as integers, where
   // NaN is above infinity is above every number: nothing invalid hides behind a maximum.
   std::pair<float, float> measure() const {
-    I32 top = {};
-    F32 sum = {};
-    each([&](int64_t, int64_t, I32 bits) {
-      const I32 magnitude = bits & 0x7FFFFFFF;
+    I16 top = {};
+    Float16 sum = splat(0);
+    each([&](int64_t, int64_t, const I16& bits) {
+      const I16 magnitude = bits & 0x7FFF;
       top = magnitude > top ? magnitude : top;
-      sum += cast<F32>(bits) * cast<F32>(bits);
+      const Float16 value = values<T>(bits);
+      sum = plus(sum, value * value);
     });
+    float squares[kLanes];
+    store_floats(squares, sum);
     float total = 0;
-    int32_t largest = 0;
-    for (int i = 0; i < kLanes; ++i) total += sum[i], largest = std::max(largest, top[i]);
-    const float peak = cast<float>(largest), rms = std::sqrt(total / float(columns));
+    int16_t largest = 0;
+    for (int i = 0; i < kLanes; ++i) total += squares[i], largest = std::max<int16_t>(largest, top[i]);
+    const float peak = T(uint16_t(largest), T::from_bits()), rms = std::sqrt(total / float(columns));
     // A row of zeros, and one whose squares overflow, have no outliers that a slot could help.
     return {peak, rms > kTiny ? peak / rms : 0.0f};
   }
 
   void quantize(float inverse, int8_t* codes) const {
-    each([&](int64_t c, int64_t count, I32 bits) {
+    each([&](int64_t c, int64_t count, const I16& bits) {
       // Adding 1.5 * 2^23 rounds to the nearest even integer and leaves it in the low bits.
-      const F32 rounded = cast<F32>(bits) * inverse + 12582912.0f;
-      const I8 q = __builtin_convertvector(cast<I32>(rounded) - 0x4B400000, I8);
-      if (count == kLanes) {
-        std::memcpy(codes + c, &q, kLanes);
-      } else {
-        std::memcpy(codes + c, &q, size_t(count));
-      }
+      const Float16 rounded = plus(values<T>(bits) * splat(inverse), splat(12582912.0f));
+      if (count == kLanes) return store_low_bytes(codes + c, rounded);
+      int8_t tail[kLanes];
+      store_low_bytes(tail, rounded);
+      std::memcpy(codes + c, tail, size_t(count));
     });
   }
 };
@@ -121,42 +149,41 @@ Prepared mixq_prepare(const Tensor& x, const Tensor& index, const Tensor& keep) 
   return run(rows_of(x), index, keep, dtype);
 }
 
-constexpr int64_t kWide = 4 * kLanes;  // columns whose sums stay in registers, times four rows
-
-template <class T>
-F32 fetch(const uint16_t* p, int64_t width) {
-  if (width >= kLanes) return cast<F32>(widen<T>(load(p)));
-  uint16_t tail[kLanes] = {};
-  std::memcpy(tail, p, size_t(width) * sizeof(uint16_t));
-  return cast<F32>(widen<T>(load(tail)));
-}
+// Vectors of columns whose sums, times four rows, stay in registers.
+#if defined(__AVX512F__)
+constexpr int kVectors = 4;
+#else
+constexpr int kVectors = 1;
+#endif
+constexpr int64_t kWide = kVectors * kLanes;
 
 // out[0..R, 0..width) += side[0..R, :] @ weight[:, 0..width), rounded once; width is at most 16 * V.
 template <class T, int R, int V>
-void add_block(uint16_t* out, const uint16_t* side, const uint16_t* weight, int64_t s, int64_t n, int64_t width) {
-  F32 sum[R][V] = {};
+void add_block(uint16_t* out, const float* side, const uint16_t* weight, int64_t s, int64_t n, int64_t width) {
+  Float16 sum[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) sum[r][v] = splat(0);
+  }
   for (int64_t i = 0; i < s; ++i) {
-    F32 w[V];
-    for (int v = 0; v < V; ++v) w[v] = fetch<T>(weight + i * n + v * kLanes, width - v * kLanes);
+    Float16 w[V];
+    for (int v = 0; v < V; ++v) w[v] = load_some<T>(weight + i * n + v * kLanes, width - v * kLanes);
     for (int r = 0; r < R; ++r) {
-      const float x = float(T(side[r * s + i], T::from_bits()));
-      for (int v = 0; v < V; ++v) sum[r][v] += w[v] * x;
+      const Float16 x = splat(side[r * s + i]);
+      for (int v = 0; v < V; ++v) sum[r][v] = plus(sum[r][v], w[v] * x);
     }
   }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
-      const int64_t left = std::min<int64_t>(kLanes, width - v * kLanes);
       uint16_t* y = out + r * n + v * kLanes;
-      uint16_t bits[kLanes];
-      store(bits, narrow<T>(cast<Float16>(fetch<T>(y, left) + sum[r][v])));
-      std::memcpy(y, bits, size_t(left) * sizeof(uint16_t));
+      const int64_t left = width - v * kLanes;
+      store_some<T>(y, plus(load_some<T>(y, left), sum[r][v]), left);
     }
   }
 }
 
 // All rows of one block of columns, four rows to a read of the weight.
 template <class T, int V>
-void add_columns(uint16_t* out, const uint16_t* side, const uint16_t* weight, int64_t m, int64_t s, int64_t n,
+void add_columns(uint16_t* out, const float* side, const uint16_t* weight, int64_t m, int64_t s, int64_t n,
                  int64_t width) {
   int64_t r = 0;
   for (; r + 4 <= m; r += 4) add_block<T, 4, V>(out + r * n, side + r * s, weight, s, n, width);
@@ -164,13 +191,18 @@ void add_columns(uint16_t* out, const uint16_t* side, const uint16_t* weight, in
 }
 
 template <class T>
-void add_span(uint16_t* out, const uint16_t* side, const uint16_t* weight, int64_t m, int64_t s, int64_t n,
-              int64_t begin, int64_t end) {
-  int64_t c = begin;
-  for (; c + kWide <= end; c += kWide) add_columns<T, kWide / kLanes>(out + c, side, weight + c, m, s, n, kWide);
-  for (; c < end; c += kLanes) {
-    add_columns<T, 1>(out + c, side, weight + c, m, s, n, std::min(kLanes, end - c));
-  }
+void add_outliers(uint16_t* out, const uint16_t* side, const uint16_t* weight, int64_t m, int64_t s, int64_t n) {
+  std::vector<float> wide(size_t(m * s + kLanes));
+  for (int64_t i = 0; i < m * s; i += kLanes) store_floats(wide.data() + i, load_some<T>(side + i, m * s - i));
+  const int64_t grain = std::max<int64_t>(1, 8 * kGrain / std::max<int64_t>(1, m * s * kWide));
+  torch::stable::parallel_for(0, (n + kWide - 1) / kWide, grain, [&](int64_t begin, int64_t end) {
+    int64_t c = begin * kWide;
+    const int64_t last = std::min(n, end * kWide);
+    for (; c + kWide <= last; c += kWide) add_columns<T, kVectors>(out + c, wide.data(), weight + c, m, s, n, kWide);
+    for (; c < last; c += kLanes) {
+      add_columns<T, 1>(out + c, wide.data(), weight + c, m, s, n, std::min(kLanes, last - c));
+    }
+  });
 }
 
 void mixq_add_outliers(const Tensor& out, const Tensor& side, const Tensor& weight) {
@@ -186,11 +218,8 @@ void mixq_add_outliers(const Tensor& out, const Tensor& side, const Tensor& weig
   auto* y = static_cast<uint16_t*>(out.mutable_data_ptr());
   const auto* a = static_cast<const uint16_t*>(side.const_data_ptr());
   const auto* w = static_cast<const uint16_t*>(weight.const_data_ptr());
-  const auto run = dtype == ScalarType::Half ? add_span<Half> : add_span<BFloat16>;
-  const int64_t grain = std::max<int64_t>(1, 8 * kGrain / std::max<int64_t>(1, m * s * kWide));
-  torch::stable::parallel_for(0, (n + kWide - 1) / kWide, grain, [&](int64_t begin, int64_t end) {
-    run(y, a, w, m, s, n, begin * kWide, std::min(n, end * kWide));
-  });
+  const auto run = dtype == ScalarType::Half ? add_outliers<Half> : add_outliers<BFloat16>;
+  run(y, a, w, m, s, n);
 }
 
 }  // namespace

@@ -46,12 +46,21 @@ inline F32 fma(const F32& a, const F32& b, const F32& c) {
 #endif
 }
 
+// a where the mask is all ones, b where it is 0. (`mask ? a : b` goes lane by lane where the compiler has to
+// split the vectors.)
+inline F32 choose(const I32& mask, const F32& a, const F32& b) {
+  return cast<F32>((mask & cast<I32>(a)) | (~mask & cast<I32>(b)));
+}
+
 // The larger; b where either is NaN.
 inline F32 larger(const F32& a, const F32& b) {
 #if defined(__AVX512F__)
   return F32(_mm512_max_ps(__m512(a), __m512(b)));
+#elif defined(__AVX2__)
+  const auto x = cast<Float16>(a), y = cast<Float16>(b);
+  return cast<F32>(Float16{_mm256_max_ps(x.low, y.low), _mm256_max_ps(x.high, y.high)});
 #else
-  return a > b ? a : b;
+  return choose(a > b, a, b);
 #endif
 }
 
@@ -100,7 +109,7 @@ inline F32 exp_negative(const F32& x) {
   }
   p = fma(p * r, r, r) + 1.0f;
   const I32 scaled = cast<I32>(p) + (cast<I32>(shifted) << 23);
-  return x < -87.3f ? F32{} : cast<F32>(scaled);
+  return choose(x < -87.3f, F32{}, cast<F32>(scaled));
 }
 
 }  // namespace lutserve
