@@ -194,7 +194,7 @@ def test_saturations_of_the_exponential(building, options, count):
     with building(recipe):
         shape = {"num_heads": heads, "num_kv_heads": kv_heads, "head_size": size, "scale": b.scale}
         impl = attention.LutAttentionImpl(**GOOD | shape | {"sliding_window": b.window or None})
-    steps = attention.LutMetadata(b.block_table, b.query_start, b.lengths)
+    steps = attention.LutMetadata(b.block_table, b.query_start, b.lengths, torch.empty(0).long())
     for name in ("model.layers.3.self_attn.attn", "model.layers.4.self_attn.attn"):
         layer = SimpleNamespace(layer_name=name)
         impl.tables = None
