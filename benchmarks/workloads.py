@@ -77,7 +77,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider("bf16", ("--method", "none", "--linear16", "vllm")),
         Provider("vllm-w8a8", ("--method", "none"), w8a8=True),
         Provider("mix8", ("--method", "mix8")),
-        Provider("bf16+nli-4", ("--method", "none", "--lut", "nli-4")),
+        Provider("bf16+nli-4", ("--method", "none", "--linear16", "vllm", "--lut", "nli-4")),
         Provider("mix8+nli-4", ("--method", "mix8", "--lut", "nli-4")),
     )
 }
