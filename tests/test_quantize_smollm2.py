@@ -16,7 +16,7 @@ from lutserve.quantizers.pipeline import quantize
 from lutserve.quantizers.settings import Settings
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.timeout(3600)
 def test_order_of_perplexities(shared, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
