@@ -33,8 +33,8 @@ def test_wrong_recipes_are_one_line(text: str) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("windows", "published"),
-    # windows of 2048 tokens, and transformers' perplexity on them, in fp32 and in bf16
-    [(4, 24.1467), pytest.param(32, 21.8243, marks=pytest.mark.extended)],
+    # windows of 2048 tokens, and transformers' perplexity in bf16 on them
+    [(10, 19.9308), pytest.param(32, 21.8243, marks=pytest.mark.extended)],
 )
 def test_mix8_stays_within_1_percent_and_nli_within_half_a_percent(
     shared: Path, tmp_path: Path, windows: int, published: float
@@ -44,6 +44,6 @@ def test_mix8_stays_within_1_percent_and_nli_within_half_a_percent(
         name: measure(RECIPES[name], text, windows, tmp_path / name, DEFAULT).ppl
         for name in ("bf16", "nli-4", "mix8")
     }
-    assert found["bf16"] == pytest.approx(published, rel=2e-3)
+    assert found["bf16"] == pytest.approx(published, rel=1e-3)
     assert found["nli-4"] == pytest.approx(found["bf16"], rel=5e-3)
     assert found["mix8"] <= found["bf16"] * 1.01

@@ -186,7 +186,7 @@ def test_user_errors(tmp_path: Path, options: dict[str, Any], message: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("together", [True, pytest.param(False, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("together", [True, False])
 def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
     small = functools.partial(
         random_llama, hidden=256, layers=2, intermediate=512, heads=4, kv_heads=2, vocab=1000
