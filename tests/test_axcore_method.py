@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 
 from servers import SMALL, client
 from test_codebook_method import _clean_reports, _one_device  # noqa: F401
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from lutserve import methods
 from lutserve.errors import UserError
@@ -37,7 +38,9 @@ def build(
     report = REPORTS.layers["layer"] = LayerReport("layer", name)
     linear = axcore.linear_method(methods.get(name), Group(method=name, **group), report)
     layer = torch.nn.Module()
-    linear.create_weights(layer, k, parts, whole or k, sum(parts), dtype, weight_loader=None)
+    layer.quant_method = linear
+    sizes = (k, parts, whole or k, sum(parts))
+    linear.create_weights(layer, *sizes, dtype, weight_loader=default_weight_loader)
     return layer, linear
 
 
@@ -49,7 +52,8 @@ def layer_of(name: str, dtype: torch.dtype, **group: Any) -> tuple[Any, Any, tor
     weight[64:, 64:128] *= (torch.randn(64, 64, generator=generator) * 4).exp2()
     x = torch.randn(5, K, generator=generator).to(dtype)
     layer, linear = build(name, [64, 64], dtype, **group)
-    layer.weight.data.copy_(weight)
+    layer.weight.weight_loader(layer.weight, weight)
+    assert linear.report.done
     linear.process_weights_after_loading(layer)
     return layer, linear, weight.to(dtype), x
 
@@ -114,9 +118,9 @@ def test_a_fast_layer_multiplies_the_same_and_sums_in_fp32(name: str, dtype: tor
 
 
 def test_formats_that_no_block_has_cost_nothing() -> None:
-    layer, linear = build("axcore", [64], torch.bfloat16)
-    layer.weight.data.copy_(torch.randn(64, K, generator=torch.Generator().manual_seed(0)).bfloat16())
-    linear.process_weights_after_loading(layer)
+    layer, _ = build("axcore", [64], torch.bfloat16)
+    weight = torch.randn(64, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layer.weight.weight_loader(layer.weight, weight)
     assert layer.axcore_codebooks.shape == (1, 2, 16) and len(layer.axcore_maps) == 2
 
 
@@ -157,10 +161,9 @@ def test_shapes_that_do_not_fit_are_refused_before_weights_load() -> None:
 
 
 def test_a_weight_that_fp16_does_not_hold_is_refused() -> None:
-    layer, linear = build("axcore", [64], torch.bfloat16)
-    layer.weight.data.fill_(1e6)
+    layer, _ = build("axcore", [64], torch.bfloat16)
     with pytest.raises(UserError, match="beyond the range of float16"):
-        linear.process_weights_after_loading(layer)
+        layer.weight.weight_loader(layer.weight, torch.full((64, K), 1e6).bfloat16())
 
 
 def test_recipes() -> None:

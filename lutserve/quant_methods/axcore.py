@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lutserve.compat import LinearMethodBase, ModelWeightParameter
+from lutserve.compat import LinearMethodBase
 from lutserve.errors import UserError
 from lutserve.kernels import activation, axcore, library, lut_gemm
 from lutserve.kernels.axcore_reference import BLOCK, activation_maps, product_tables
@@ -24,6 +24,7 @@ from lutserve.kernels.pages import in_huge_pages
 from lutserve.luts import fpma, fpma_classes
 from lutserve.luts.bits import Format
 from lutserve.methods import Method
+from lutserve.quant_methods import online
 from lutserve.quant_methods.config import REPORTS, LayerReport
 from lutserve.quantizers.axcore import axcore as quantize_blocks
 from lutserve.quantizers.fp4 import quantize
@@ -60,6 +61,8 @@ def _to_half(x: torch.Tensor) -> torch.Tensor:
 class _Loading(LinearMethodBase):
     """What loads a 16-bit weight and lets it go once it is packed."""
 
+    uses_meta_device = True
+
     def __init__(self, method: Method, group: Group, report: LayerReport) -> None:
         self.method, self.group, self.report = method, group, report
         self.group_size = group.group_size
@@ -76,19 +79,18 @@ class _Loading(LinearMethodBase):
     ) -> None:
         """Register the 16-bit weight [sum(out), in] that the checkpoint's (fused) shards load into."""
         self.check(output_partition_sizes, input_size_per_partition, input_size)
-        weight = torch.empty(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype)
-        loader = extra["weight_loader"]
-        parameter = ModelWeightParameter(data=weight, input_dim=1, output_dim=0, weight_loader=loader)
-        layer.register_parameter("weight", parameter)
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        online.create_weight(layer, n, k, params_dtype, extra["weight_loader"])
 
     def check(self, parts: list[int], k: int, whole: int) -> None:
         """UserError for shapes that the method cannot take."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Pack, and let the 16-bit weight go."""
-        weight = layer.get_parameter("weight").data
+        weight = online.take_weight(layer)
+        if weight is None:
+            return
         buffers = self.pack(weight)
-        layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
         # As buffers: torch.compile then takes them for inputs, not for constants to copy.
         for name, tensor in buffers.items():
             layer.register_buffer(f"axcore_{name}", tensor, persistent=False)
