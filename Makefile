@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 FLAGS  ?=
+JOBS   ?= 2
 
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
@@ -17,8 +18,9 @@ help:
 serve: $(VENV)/.runtime
 	$(BIN)/lutserve serve --model smollm2-135m --method mix8 --lut nli-4 $(FLAGS)
 
+# A file's tests stay together (they share servers), and files go out in order, the longest of them first.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""One linear layer at a time: 16-bit and 4-bit GEMMs, ours against those of vLLM, torch and bitsandbytes.
+"""One linear layer at a time, 16-bit and 4-bit: ours against vLLM, torch, bitsandbytes and OpenVINO.
 
     python -m lutserve.benchmarks.linears [--quick] [-o out/linears] [--threads 1]
 
@@ -104,7 +104,25 @@ def _bitsandbytes_nf4(codes: torch.Tensor, scales: torch.Tensor) -> Layer:
     return lambda x: matmul(x, packed.t(), state)
 
 
-_B, _H = torch.bfloat16, torch.float16
+def _openvino_nf4(codes: torch.Tensor, scales: torch.Tensor) -> Layer:
+    """OpenVINO's weight compression as a graph: NF4 constant, fp16 scales of groups, MatMul of fp32 rows."""
+    ov, ops = import_module("openvino"), import_module("openvino.opset15")
+    quantized = rtn(_values(codes, scales), "nf4", GROUP)
+    (n, k), low, high = codes.shape, quantized.codes[:, 0::2], quantized.codes[:, 1::2]
+    shape = ov.Shape([n, k // GROUP, GROUP])
+    packed = (low | high << 4).contiguous().numpy()  # must outlive the Tensor that looks at it
+    indices = ops.constant(ov.Tensor(packed, shape, ov.Type.nf4), shared_memory=False)
+    by_groups = ops.constant(quantized.scales.half().unsqueeze(-1).numpy(), shared_memory=False)
+    values = ops.multiply(ops.convert(indices, ov.Type.f16), by_groups)
+    weight = ops.convert(ops.reshape(values, [n, k], False), ov.Type.f32)
+    rows = ops.parameter([-1, k], ov.Type.f32)
+    model = ov.Model([ops.matmul(rows, weight, False, True)], [rows])
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
+    return lambda x: torch.from_numpy(request.infer([x.numpy()], share_inputs=True, share_outputs=True)[0])
+
+
+_B, _H, _F = torch.bfloat16, torch.float16, torch.float32
 #: name -> how a layer is made, the activations' dtype; vLLM's own is the baseline
 PROVIDERS: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], Layer], torch.dtype]] = {
     "vllm bf16": (partial(_vllm, dtype=_B), _B),
@@ -116,6 +134,7 @@ PROVIDERS: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], Layer], torch.
     "vllm int4": (_vllm_int4, _B),
     "torch int4": (_torch_int4, _B),
     "bitsandbytes nf4": (_bitsandbytes_nf4, _B),
+    "openvino nf4": (_openvino_nf4, _F),
 }
 
 

@@ -14,6 +14,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several of us share the cores: a second thread each would mostly wait for its turn.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with golden arrays and evaluation data, or skip."""
