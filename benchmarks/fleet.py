@@ -22,12 +22,13 @@ Open = Callable[[Provider], AbstractContextManager[Server]]
 
 def model_paths(model: str | None, providers: Sequence[Provider]) -> dict[str, str]:
     """Return what each provider serves: `model`, or the benchmark models, made now if need be."""
+    own = {provider.name: models.resolve(provider.folder) for provider in providers if provider.folder}
     if model is not None:
-        return {provider.name: models.resolve(model) for provider in providers}
+        return {provider.name: models.resolve(model) for provider in providers} | own
     with CONSOLE.status("writing the random 1.1B model: once, about a minute"):
         plain = random_llama(default_folder("llama-1b"))
         w8a8 = to_w8a8(plain, default_folder("llama-1b-w8a8")) if any(p.w8a8 for p in providers) else plain
-    return {provider.name: str(w8a8 if provider.w8a8 else plain) for provider in providers}
+    return {provider.name: str(w8a8 if provider.w8a8 else plain) for provider in providers} | own
 
 
 def commands(

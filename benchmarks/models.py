@@ -1,7 +1,8 @@
 """Models for benchmarks: speed does not depend on what the weights say, so they can be random.
 
 `random_llama` writes a Llama of about 1.1 billion parameters (2.2 GB, half a minute on two cores);
-`to_w8a8` writes the same weights in the form that vLLM's own int8 path serves.
+`to_w8a8` writes the same weights in the form that vLLM's own int8 path serves. `outlier_heavy` gives a
+trained model activations that are hard to quantise.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lutserve import env
 from lutserve.errors import UserError
@@ -26,6 +27,14 @@ from lutserve.errors import UserError
 _OUTLIER_EVERY = 256
 _OUTLIER_GAIN = 20.0
 _CONTEXT = 4096
+#: channels of every norm that `outlier_heavy` makes larger, and how much; powers of two round nothing
+_HEAVY_CHANNELS = 8
+_HEAVY_GAINS = (32.0, 64.0)
+#: norm -> the layers that read it
+_READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
 
 
 def default_folder(name: str) -> Path:
@@ -148,6 +157,51 @@ def to_w8a8(folder: Path, out: Path) -> Path:
         _write_shards(building, shards())
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(folder / name, building / name)
+        _write_json(building / "config.json", config)
+    return out
+
+
+def outlier_heavy(folder: Path, out: Path) -> Path:
+    """Write a Llama with outlier columns 32 to 64 times the others, which computes the same; return `out`.
+
+    In every norm `_HEAVY_CHANNELS` random channels are multiplied, and the columns of the layers that read
+    them divided, by a power of two: not one bit of the 16-bit function changes, but whoever quantises rows of
+    activations with these columns in them loses five to six bits of the others.
+
+    Args:
+        folder: a Hugging Face folder of the Llama family with safetensors weights.
+        out: the folder to make; one that is already complete is left as it is.
+
+    Raises:
+        UserError: `folder` has none of the norms, `out` holds something else, or there is no space.
+
+    """
+    config = json.loads((folder / "config.json").read_text())
+    config["lutserve_bench"] = {"channels": _HEAVY_CHANNELS, "gains": _HEAVY_GAINS}
+    config = json.loads(json.dumps(config))
+    if _complete(out, config):
+        return out
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    generator = torch.Generator().manual_seed(0)
+    norms = [name for name in sorted(tensors) if name.split(".")[-2] in _READERS]
+    if not norms:
+        raise UserError(f"{folder} has no norms called {' or '.join(_READERS)}")
+    for name in norms:
+        stem, norm, _ = name.rsplit(".", 2)
+        gain = torch.ones(len(tensors[name]), dtype=tensors[name].dtype)
+        channels = torch.randperm(len(gain), generator=generator)[:_HEAVY_CHANNELS]
+        gain[channels] = torch.tensor(_HEAVY_GAINS, dtype=gain.dtype).repeat(_HEAVY_CHANNELS)[: len(channels)]
+        tensors[name] *= gain
+        for reader in _READERS[norm]:
+            tensors[f"{stem}.{reader}.weight"] /= gain
+
+    with _building(out) as building:
+        for file in folder.glob("*.json"):
+            if not file.name.endswith(".index.json"):
+                shutil.copy(file, building / file.name)
+        _write_shards(building, iter([tensors]))
         _write_json(building / "config.json", config)
     return out
 

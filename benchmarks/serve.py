@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.progress import Progress, TextColumn
 from lutserve import machine
 from lutserve.benchmarks import check
 from lutserve.benchmarks.fleet import commands, fit_together, fleet, model_paths, schedule
+from lutserve.benchmarks.footprint import peak_bytes
 from lutserve.benchmarks.report import Report
 from lutserve.benchmarks.workloads import WORKLOADS, Provider, Workload, choose, choose_providers
 from lutserve.errors import UserError
@@ -59,6 +60,23 @@ def run(
     """
     chosen = _providers(providers, model)
     traffic: list[Workload] = choose(workloads, WORKLOADS, "workload")
+    return interleave(output, model, chosen, traffic, rounds, server_args, together)
+
+
+def interleave(
+    output: Path,
+    model: str | None,
+    chosen: Sequence[Provider],
+    traffic: Sequence[Workload],
+    rounds: int,
+    server_args: Sequence[str],
+    together: bool | None,
+    look: Callable[[str, Server], None] = lambda name, server: None,
+) -> Report:
+    """Measure these providers under this traffic, see `run`.
+
+    `look` is called with each provider's name and server after the first round's work.
+    """
     if rounds < 1:
         raise UserError(f"--rounds {rounds}; give 1 or more")
     try:
@@ -86,10 +104,13 @@ def run(
                     for workload in todo:
                         progress.update(bar, now=f"{workload.name} {provider.name}")
                         result, command = measure(server, workload, _SEED + number)
-                        report.add(
-                            result, provider.name, workload, number, recipe=server.recipe, command=command
-                        )
+                        facts = {"recipe": server.recipe, "command": command}
+                        if server.pid is not None:
+                            facts["peak_bytes"] = peak_bytes(server.pid)
+                        report.add(result, provider.name, workload, number, **facts)
                         progress.advance(bar)
+                    if number == 0 and todo[-1] is traffic[-1]:
+                        look(provider.name, server)
     return report
 
 

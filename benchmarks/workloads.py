@@ -59,6 +59,21 @@ WORKLOADS: dict[str, Workload] = {
 }
 
 
+def batches(sizes: Sequence[int]) -> list[Workload]:
+    """Return the workloads of `lutserve bench throughput`, two for each batch size.
+
+    steps-B is MixQ's own benchmark as a server can do it: B sequences from one token each, a step is one
+    token more for all of them, the speed is B by the median step. The published script throws the history
+    away after every step; here there are at most 32 tokens of it. decode-B has 128 tokens before and 64 to
+    generate.
+    """
+    return [
+        Workload(f"{name}-{size}", "decode", before, after, size, prompts=max(size, 3))
+        for name, before, after in (("steps", 1, 32), ("decode", 128, 64))
+        for size in sizes
+    ]
+
+
 @dataclass(frozen=True)
 class Provider:
     """One server configuration."""
@@ -68,6 +83,8 @@ class Provider:
     arguments: tuple[str, ...] = ()
     #: serve the compressed-tensors W8A8 form of the model instead of the model
     w8a8: bool = False
+    #: a folder to serve instead of the model, for what is quantised beforehand
+    folder: str = ""
 
 
 #: the first one is the baseline of all ratios

@@ -60,6 +60,7 @@ def perplexity(
     windows: int | None = None,
     num_concurrent: int = 4,
     cache: Path | None = None,
+    first: int = 1,
 ) -> Perplexity:
     """Return the perplexity of `text` under the model behind `base_url`.
 
@@ -73,6 +74,7 @@ def perplexity(
         num_concurrent: requests in flight.
         cache: file that keeps the answers, so that an interrupted run goes on where it was; the caller
             removes it.
+        first: position in its window of the first token that counts.
 
     Raises:
         UserError: no server, a text without one whole window, a model length below `window` + 1, or the
@@ -88,12 +90,12 @@ def perplexity(
     if windows is not None and windows < 1:
         raise UserError(f"windows={windows}; give at least 1, or nothing for the whole text")
     prompts = token_windows(text, tokenizer or server.root, window)[:windows]
-    scores = _score_all(server, prompts, num_concurrent, Answers(cache) if cache else None)
-    return Perplexity(_ppl(scores), tuple(scores), len(scores) * (window - 1))
+    scores = _score_all(server, prompts, num_concurrent, Answers(cache) if cache else None, first)
+    return Perplexity(_ppl(scores), tuple(scores), len(scores) * (window - first))
 
 
 def _score_all(
-    server: Server, prompts: list[list[int]], num_concurrent: int, answers: Answers | None
+    server: Server, prompts: list[list[int]], num_concurrent: int, answers: Answers | None, first: int
 ) -> list[float]:
     """Mean negative log-likelihood of every prompt, with a progress bar."""
     done: dict[int, float] = {}
@@ -110,7 +112,7 @@ def _score_all(
         for index, prompt in enumerate(prompts):
             known = answers.get(prompt) if answers is not None else None
             if known is None:
-                jobs[pool.submit(_mean_nll, client, server, prompt)] = index
+                jobs[pool.submit(_mean_nll, client, server, prompt, first)] = index
             else:
                 done[index] = known
         progress.update(bar, completed=len(done))
@@ -148,8 +150,8 @@ def token_windows(text: str, tokenizer: str, window: int) -> list[list[int]]:
     return [ids[start : start + window] for start in range(0, len(ids) - window + 1, window)]
 
 
-def _mean_nll(client: httpx.Client, server: Server, prompt: Sequence[int]) -> float:
-    """Mean negative log-likelihood of all tokens of `prompt` but the first."""
+def _mean_nll(client: httpx.Client, server: Server, prompt: Sequence[int], first: int) -> float:
+    """Mean negative log-likelihood of the tokens of `prompt` from position `first` on."""
     # `prompt_logprobs: 0` is the lightest request: the prompt's own tokens and nothing else. The usual
     # `echo` + `logprobs` sends every number twice, with the best token beside it (2.6 times the bytes).
     body: dict[str, Any] = {
@@ -165,7 +167,7 @@ def _mean_nll(client: httpx.Client, server: Server, prompt: Sequence[int]) -> fl
         raise UserError(f"the server at {server.base_url} stopped answering ({error!r})") from None
     if not answer.is_success:
         raise UserError(f"{server.base_url} answers {answer.status_code}: {answer.text[:500]}")
-    scores = answer.json()["choices"][0]["prompt_logprobs"][1:]
+    scores = answer.json()["choices"][0]["prompt_logprobs"][first:]
     return -math.fsum(
-        score[str(token)]["logprob"] for token, score in zip(prompt[1:], scores, strict=True)
+        score[str(token)]["logprob"] for token, score in zip(prompt[first:], scores, strict=True)
     ) / len(scores)

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
+from typer.core import TyperGroup
 
 from lutserve import (
     __version__,
@@ -38,6 +40,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+class _ServeByDefault(TyperGroup):
+    """`lutserve bench FLAGS` is `lutserve bench serve FLAGS`."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] != "--help"):
+            args = ["serve", *args]
+        return super().parse_args(context, args)
+
+
+bench = typer.Typer(cls=_ServeByDefault, help="Measure throughput of several servers, interleaved.")
+
+app.add_typer(bench, name="bench")
 app.add_typer(cli_profile.app, name="profile")
 app.add_typer(cli_lut.app, name="lut")
 app.command(name="formats")(cli_formats.show)
@@ -210,8 +225,8 @@ def evaluate(
     print(f"written to {outcome.path}", file=sys.stderr)
 
 
-@app.command(context_settings=PASS_THROUGH)
-def bench(
+@bench.command(name="serve", context_settings=PASS_THROUGH)
+def bench_serve(
     context: typer.Context,
     model: Annotated[
         Path | None,
@@ -249,6 +264,48 @@ def bench(
     )
     report.show(for_tables())
     print(f"written to {report.path}", file=sys.stderr)
+
+
+@bench.command(name="throughput", context_settings=PASS_THROUGH)
+def bench_throughput(
+    context: typer.Context,
+    types: Annotated[
+        str,
+        typer.Option(
+            help="Comma separated, the baseline first: fp16, bf16, vllm-w8a8, a --method; NAME=DIR for "
+            "folders that are quantised already (awq=DIR, gptq=DIR, quik4=DIR)."
+        ),
+    ] = "bf16,int8,mix8,mix4",
+    batch: Annotated[str, typer.Option(help="Requests in flight, comma separated.")] = "1,8,32",
+    with_ppl: Annotated[
+        bool, typer.Option("--with-ppl", help="Perplexity on WikiText-2 beside speed; needs --model, --data.")
+    ] = False,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 2048 tokens for it, from the start.")] = 10,
+    data: Annotated[Path | None, typer.Option(help="Folder with wikitext2_test.raw.gz.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Alias, folder or hub id; default: a random Llama of 1.1 B parameters, made once."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times every server meets every batch size.")] = 3,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
+        "out/throughput"
+    ),
+) -> None:
+    """MixQ's throughput table: tokens/s by type and batch size. Other flags go to `lutserve serve`."""
+    from lutserve.benchmarks.throughput import run
+
+    table, path = run(
+        types=types,
+        batch=batch,
+        model=model,
+        rounds=rounds,
+        output=output,
+        windows=windows if with_ppl else None,
+        data=data,
+        server_args=context.args,
+    )
+    print(table)
+    print(f"written to {path} and {path.with_suffix('.md')}", file=sys.stderr)
 
 
 @app.command(name="models")

@@ -24,9 +24,19 @@ def quantize(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", "--dtype", "--woq_dtype", help="Weight format (`lutserve formats`)."),
+        typer.Option(
+            "--method",
+            "--dtype",
+            "--woq_dtype",
+            help="Weight format (`lutserve formats`), or int8, mix8, mix4, quik4.",
+        ),
     ] = None,
-    algo: Annotated[str, typer.Option("--algo", "--woq_algo", help="rtn, gptq, awq or smoothquant.")] = "rtn",
+    algo: Annotated[
+        str | None,
+        typer.Option(
+            "--algo", "--woq_algo", help="rtn, gptq, awq or smoothquant. Default: rtn, for quik4 gptq."
+        ),
+    ] = None,
     group_size: Annotated[
         int,
         typer.Option(
@@ -128,15 +138,17 @@ def quantize(
         return
     if against is not None:
         raise UserError(f"--against {against} goes with --inspect DIR")
+    from lutserve import methods
     from lutserve.quantizers.settings import Settings
 
     if output is None:
         raise UserError("say where to write: -o DIR")
     if scheme != "sym":
         raise UserError(f"--scheme {scheme}: only sym can be served; asym is in lutserve.quantizers.rtn")
+    name = _method(method, bits, activations)
     settings = Settings(
-        method=_method(method, bits, activations),
-        algo=algo.lower(),
+        method=name,
+        algo=(algo or ("gptq" if methods.get(name).offline else "rtn")).lower(),
         group_size=group_size,
         ignore=tuple(name.strip() for name in ignore.split(",") if name.strip()),
         mse=mse,

@@ -8,24 +8,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lutserve import mixq_layout
 from lutserve.checkpoint import Checkpoint, LayerFacts
 from lutserve.errors import UserError
 from lutserve.foreign import Foreign
+from lutserve.mixq_folder import MixqFolder
 from lutserve.quantizers.quality import sqnr
 from lutserve.quantizers.source import Source
-from lutserve.recipe import read_json
+from lutserve.recipe import from_model, read_json
 
 #: alternations that fit the factors of rows and of columns; three would do
 _ROUNDS = 5
 
 
-def open_folder(folder: Path) -> Checkpoint | Foreign:
+def open_folder(folder: Path) -> Checkpoint | Foreign | MixqFolder:
     """Return the reader of a quantised folder; UserError if there is none for it."""
-    stored = read_json(folder / "config.json").get("quantization_config") or {}
+    config = read_json(folder / "config.json")
+    stored = config.get("quantization_config") or {}
+    recipe = from_model(config) or mixq_layout.recipe_of(folder)
+    groups = recipe.config_groups.values() if recipe else ()
+    if any(group.stored and group.arithmetic.family == "mixq" for group in groups):
+        return MixqFolder(folder)
     return Checkpoint(folder) if stored.get("quant_method") == "lutserve" else Foreign(folder)
 
 
-def measured(stored: Checkpoint | Foreign, facts: list[LayerFacts], source: Source) -> list[LayerFacts]:
+def measured(
+    stored: Checkpoint | Foreign | MixqFolder, facts: list[LayerFacts], source: Source
+) -> list[LayerFacts]:
     """Return facts with `weight_sqnr` measured against the weights of the original model.
 
     Where scales are folded into the weights the original's rows and columns are scaled to match.

@@ -50,6 +50,7 @@ from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
+    ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
     ModelWeightParameter,
     PackedvLLMParameter,
@@ -75,6 +76,7 @@ __all__ = [
     "CPUAttentionBackend",
     "CPUAttentionBackendImpl",
     "CPUAttentionMetadataBuilder",
+    "ChannelQuantScaleParameter",
     "CustomOp",
     "EngineArgs",
     "FastGELU",

@@ -29,6 +29,8 @@ class Method:
     group_size: int = 128
     #: whether some input columns stay in 16 bit, calibrated or learnt
     outliers: bool = False
+    #: whether it needs `lutserve quantize` first, because it rounds weights with calibration data
+    offline: bool = False
 
 
 def _axcore(name: str, summary: str) -> Method:
@@ -65,6 +67,15 @@ METHODS: dict[str, Method] = {
             format="int4",
             activations=4,
             outliers=True,
+        ),
+        Method(
+            "quik4",
+            "mixq",
+            "QUIK W4A4O16: int4 weights by GPTQ, down_proj int8, the 256 largest columns in 16 bit; made by "
+            "`lutserve quantize`",
+            format="int4",
+            activations=4,
+            offline=True,
         ),
         _axcore("axcore", "AxCore: 4-bit floats, a format for each block, products by integer addition"),
         _axcore("axcore-plus", "axcore with a compensation for each mantissa of the weight"),

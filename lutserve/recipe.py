@@ -73,7 +73,12 @@ class Group(BaseModel):
             raise ValueError(f"numerics strict is for AxCore's methods, not for {self.method}")
         if self.dequant == "fpma" and self.numerics == "fast":
             raise ValueError("dequant fpma needs numerics strict")
-        if self.stored and axcore:
+        if self.arithmetic.offline and not self.stored:
+            raise ValueError(
+                f"{self.method} is made beforehand: lutserve quantize MODEL --method {self.method} -o DIR, "
+                "then serve DIR without --method"
+            )
+        if self.stored and (axcore or self.method == "llm-int8"):
             raise ValueError(f"{self.method} quantises while it loads; there is no stored form")
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from lutserve.errors import UserError
 
@@ -70,11 +71,33 @@ def cpu_flags(flags: Sequence[str]) -> list[str]:
     return extra
 
 
+def memory_nodes() -> int:
+    """Return how many NUMA nodes this machine has."""
+    return max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))))
+
+
+def cpu_binding(cores: Sequence[int], parts: int, nodes: int) -> str | None:
+    """Return the cores of each tensor-parallel worker as vLLM reads them ("0,1|2,3"); None: it knows itself.
+
+    vLLM gives each worker a NUMA node of its own and refuses to start with more workers than nodes. Then the
+    cores are dealt out in equal runs. UserError for more workers than cores.
+    """
+    if parts <= nodes:
+        return None
+    if parts > len(cores):
+        raise UserError(f"--tensor-parallel-size {parts}: this process may use {len(cores)} cores")
+    share = len(cores) // parts
+    return "|".join(",".join(map(str, cores[i * share : (i + 1) * share])) for i in range(parts))
+
+
 def cpu_environment(flags: Sequence[str]) -> dict[str, str]:
     """Return the environment variables to set on a CPU where the user has not set them."""
     environment: dict[str, str] = {}
     cores = len(os.sched_getaffinity(0))
-    if cores <= 4 and number_of(flags, "--tensor-parallel-size", "-tp", default=1) == 1:
+    parts = number_of(flags, "--tensor-parallel-size", "-tp", default=1)
+    if binding := cpu_binding(sorted(os.sched_getaffinity(0)), parts, memory_nodes()):
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = binding
+    if cores <= 4 and parts == 1:
         # The default layout has a scheduler process that spins on shared memory while the worker
         # computes: a whole core lost. On few cores the worker lives inside the scheduler instead.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

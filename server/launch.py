@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lutserve import kv_formats, models, recipe
+from lutserve import kv_formats, mixq_layout, models, recipe
 from lutserve.errors import UserError
 from lutserve.kernels import isa
 from lutserve.recipe import Recipe
@@ -46,8 +46,9 @@ def serve(model: str, flags: Sequence[str], chosen: Recipe | None, **overrides: 
     folder = Path(path)
     local = folder.is_dir()
     config = recipe.read_json(folder / "config.json") if local else {}
-    stored = recipe.from_model(config, str(folder / "config.json"))
+    stored = recipe.from_model(config, str(folder / "config.json")) or mixq_layout.recipe_of(folder)
     served = recipe.from_flags(chosen or stored, **overrides)
+    check_stored(stored, served, path)
     check_model(config, served, flags)
     check_calibrations(served, path)
     if importlib.util.find_spec("vllm") is None:
@@ -165,12 +166,34 @@ def check_model(config: Mapping[str, Any], served: Recipe, flags: Sequence[str])
         raise UserError(
             f"the model is already quantised ({foreign}); --method needs a 16-bit one, or use none"
         )
+    check_int4(config)
     check_softmax(config, served)
     for layer in range(config.get("num_hidden_layers", 0)):
         for name, members in FUSED.items():
             stem = f"model.layers.{layer}.{name.rpartition('.')[0]}"
             # Raises where the parts of one fused layer are given different methods.
             served.group_for(f"model.layers.{layer}.{name}", [f"{stem}.{member}" for member in members])
+
+
+def check_int4(config: Mapping[str, Any]) -> None:
+    """UserError for a 4-bit folder of other tools where vLLM's build for this CPU has no kernel for it."""
+    kind = (config.get("quantization_config") or {}).get("quant_method")
+    flags = isa.cpu_flags()
+    if kind in ("awq", "gptq") and on_cpu() and flags and "avx512f" not in flags:
+        raise UserError(
+            f"the model is quantised by {kind}, whose kernels vLLM has for CPUs with AVX512 only; serve the "
+            "16-bit model with --method int4"
+        )
+
+
+def check_stored(stored: Recipe | None, served: Recipe, path: str) -> None:
+    """UserError if a folder holds quantised weights and the recipe wants to quantise them itself."""
+    held = [group.method for group in stored.config_groups.values() if group.stored] if stored else []
+    if held and not any(group.stored for group in served.config_groups.values()):
+        raise UserError(
+            f"{path} holds weights quantised to {', '.join(held)}; serve it without --method, or serve the "
+            "16-bit model"
+        )
 
 
 def check_softmax(config: Mapping[str, Any], served: Recipe) -> None:

@@ -5,20 +5,34 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from tiny import tiny_llama
 
 from lutserve import env
-from lutserve.benchmarks import check, fleet, serve
+from lutserve.benchmarks import check, fleet, footprint, serve, throughput
 from lutserve.benchmarks.check import Agreement, Answer, compare
 from lutserve.benchmarks.fleet import commands, fit_together, schedule
 from lutserve.benchmarks.models import random_llama
 from lutserve.benchmarks.report import Report
 from lutserve.benchmarks.summary import Measurement, Row, summarize
-from lutserve.benchmarks.workloads import PROVIDERS, WORKLOADS, Provider, Workload, choose, choose_providers
+from lutserve.benchmarks.workloads import (
+    PROVIDERS,
+    WORKLOADS,
+    Provider,
+    Workload,
+    batches,
+    choose,
+    choose_providers,
+)
 from lutserve.errors import UserError
 
 # decode: 8 requests at 20 ms a token each are 400 tokens a second, whatever the prefill took
@@ -184,15 +198,19 @@ def test_user_errors(tmp_path: Path, options: dict[str, Any], message: str) -> N
         serve.run(output=tmp_path, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("together", [True, False])
-def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+@pytest.fixture
+def small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = functools.partial(
         random_llama, hidden=256, layers=2, intermediate=512, heads=4, kv_heads=2, vocab=1000
     )
     monkeypatch.setattr(fleet, "random_llama", small)
     monkeypatch.setattr(fleet, "default_folder", lambda name: tmp_path / name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("small_model")
+def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = Workload("short", "decode", input_len=8, output_len=8, concurrency=2, prompts=2)
     monkeypatch.setitem(WORKLOADS, "short", short)
     report = serve.run(
@@ -200,18 +218,98 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: b
         providers=["bf16", "vllm-w8a8", "mix8+nli-4"],
         workloads=["short"],
         rounds=1,
-        together=together,
+        together=False,
     )
     stored = json.loads(report.path.read_text())
     assert [row["provider"] for row in stored["summary"]] == ["bf16", "vllm-w8a8", "mix8+nli-4"]
     assert all(row["median"] > 0 for row in stored["summary"])
     assert all(run["completed"] == 2 and run["median_tpot_ms"] > 0 for run in stored["runs"])
     assert all(run["total_output_tokens"] == 16 for run in stored["runs"])
+    assert all(run["lutserve"]["peak_bytes"] > 1 << 27 for run in stored["runs"])
     recipe = stored["runs"][2]["lutserve"]["recipe"]
     assert recipe["config_groups"]["default"]["method"] == "mix8"
     assert recipe["luts"]["silu"] == "nli-4"
     assert 0 < report.agreement["vllm-w8a8"].mean < 0.3
     assert 0 < report.agreement["mix8+nli-4"].mean < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("small_model")
+def test_a_real_throughput_table(tmp_path: Path) -> None:
+    table, path = throughput.run(
+        types="bf16,mix",
+        batch="2",
+        model=None,
+        rounds=1,
+        output=tmp_path / "out",
+        windows=None,
+        data=None,
+        server_args=(),
+    )
+    assert path.with_suffix(".md").read_text() == table + "\n"
+    runs = json.loads(path.read_text())["runs"]
+    assert {run["lutserve"]["workload"] for run in runs} == {"steps-2", "decode-2"} and len(runs) == 4
+    assert {run["total_input_tokens"] for run in runs} == {3, 3 * 128}
+    lines = table.splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["bf16", "mix8"]
+    assert lines[3].count("x, ") == 2
+
+
+def test_types_of_the_throughput_table(tmp_path: Path) -> None:
+    found = throughput.chosen("fp16,bf16,mix,quik4=" + str(tiny_llama(tmp_path / "tiny")))
+    assert [provider.name for provider in found] == ["fp16", "bf16", "mix8", "quik4"]
+    assert found[0].arguments[-1] == "float16" and found[3].folder == str(tmp_path / "tiny")
+    paths = fleet.model_paths(str(tmp_path / "tiny"), found)
+    assert paths["quik4"] == paths["fp16"] == str(tmp_path / "tiny")
+    for types, message in (
+        ("awq", "awq: it is quantised beforehand; give awq=DIR"),
+        ("quik", "give quik=DIR"),
+        ("bitsandbytes", "vLLM has no CPU kernels for it; llm-int8 follows its rule"),
+        ("mix8,mix", "mix is there twice"),
+        ("mix9", "unknown provider 'mix9'"),
+        ("awq=/nowhere", "does not exist"),
+        ("", "unknown provider ''"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            throughput.chosen(types)
+    assert throughput.sizes("1, 8,32") == [1, 8, 32]
+    for batch in ("", "0", "1,1", "-1", "8,x", "1.5"):
+        with pytest.raises(UserError, match="give whole numbers from 1 on"):
+            throughput.sizes(batch)
+    options = {"batch": "1", "rounds": 1, "output": tmp_path, "server_args": (), "data": None}
+    with pytest.raises(UserError, match="--with-ppl needs --model"):
+        throughput.run(types="bf16", model=None, windows=1, **options)
+    with pytest.raises(UserError, match="leave out it or --model"):
+        throughput.run(types="bf16,vllm-w8a8", model="tiny", windows=None, **options)
+
+
+def test_the_throughput_table_has_a_row_for_each_type_and_batch(tmp_path: Path) -> None:
+    report = Report(tmp_path / "r.json", "bf16", {})
+    for number, speed in enumerate((1.0, 2.0, 4.0)):
+        for workload in batches([1, 8]):
+            for name, tpot in (("bf16", 40.0), ("mix8", 20.0)):
+                result = {"median_tpot_ms": tpot / speed, "duration": 1, "total_input_tokens": 1}
+                report.add(result, name, workload, number, peak_bytes=number * 10**9)
+    quality = {name: {"2048": 20.0, "512": 25.0} for name in ("bf16", "mix8")}
+    table = throughput.markdown(report, quality).splitlines()
+    assert table[2] == "| 1 | bf16 | 50.0 | 50.0 | 2.00 | 20.000 | 25.000 |"
+    ratio = "(2.00x, 2.00-2.00)"
+    assert table[5] == f"| 8 | mix8 | 800.0 {ratio} | 800.0 {ratio} | 2.00 | 20.000 | 25.000 |"
+    assert len(table) == 6 and "perplexity" not in throughput.markdown(report, {})
+
+
+def test_memory_of_a_server_is_that_of_its_session() -> None:
+    code = "import os, time; x = b'1' * (64 << 20); os.fork(); print(flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert child.stdout is not None and child.stdout.read(2) == b"\n\n"
+        assert footprint.resident_bytes(child.pid) >= 128 << 20
+        assert footprint.peak_bytes(child.pid) >= footprint.resident_bytes(child.pid) > 0
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    assert footprint.resident_bytes(child.pid) == 0
 
 
 def test_benchmark_models_live_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

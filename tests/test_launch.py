@@ -55,6 +55,15 @@ def test_every_default_yields_to_a_flag(monkeypatch: pytest.MonkeyPatch) -> None
     assert "--kv-cache-memory-bytes" not in defaults.cpu_flags([])
 
 
+def test_tensor_parallel_workers_share_the_cores_of_a_small_machine() -> None:
+    assert defaults.cpu_binding([0, 1], 1, 1) is None
+    assert defaults.cpu_binding(range(8), 2, 2) is None
+    assert defaults.cpu_binding([0, 1], 2, 1) == "0|1"
+    assert defaults.cpu_binding([2, 3, 6, 7, 8], 2, 1) == "2,3|6,7"
+    with pytest.raises(UserError, match="--tensor-parallel-size 4: this process may use 2 cores"):
+        defaults.cpu_binding([0, 1], 4, 1)
+
+
 def test_arguments_carry_the_recipe_and_keep_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "on_cpu", lambda: True)
     served = from_flags(method="mix8", lut="nli-4")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
-from lutserve.kernels import library, mixq
+from lutserve import luts
+from lutserve.kernels import activation, library, mixq
 from lutserve.kernels.reference import quantize_rows
 from lutserve.methods import METHODS
 from lutserve.quant_methods import mixq as method
@@ -307,3 +308,72 @@ def test_threshold_is_where_the_design_puts_it() -> None:
         kernel = MixqKernel(weight, outliers=True)
         kernel(x)
         assert kernel.slots.count == found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k"), SHAPES)
+def test_gate_and_prepare_equals_its_two_parts_in_bits(m: int, k: int, dtype: torch.dtype) -> None:
+    """Any patterns, NaN, infinities and subnormals among them, through a table of any entries."""
+    numbers = np.random.default_rng(m * k)
+    table = torch.from_numpy(numbers.permutation(65536).astype(np.uint16).view(np.int16)).view(dtype)
+    table[~table.isfinite()] = 0
+    patterns = numbers.integers(0, 65536, (m, 2 * k), dtype=np.uint16).view(np.int16)
+    x = torch.from_numpy(patterns).view(dtype)
+    if m > 2:
+        x[2, k:] = 0.0
+    index, keep = places(k, sorted(numbers.permutation(k)[: k // 8].tolist()), padding=2)
+    product = activation.act_and_mul(x, table)
+    expected = (product, *mixq.prepare(product, index, keep))
+    for name, found in (
+        ("kernel", mixq.gate_and_prepare(x, table, index, keep)),
+        ("strided", mixq.gate_and_prepare(torch.cat([x, x], 1)[:, : 2 * k], table, index, keep)),
+    ):
+        for ours, two in zip(found, expected, strict=True):
+            assert ours.dtype == two.dtype and ours.shape == two.shape, name
+            assert torch.equal(ours.contiguous().view(torch.int8), two.contiguous().view(torch.int8)), name
+    # The reference from finite inputs, as its NaNs may have other payloads.
+    finite = torch.where(x.isfinite() & (x.abs() < 100), x, 1)
+    table = luts.lut_table("silu", "nli-4", dtype)
+    ours = mixq.gate_and_prepare(finite, table, index, keep)
+    reference = mixq._gate_reference(finite, table, index, keep)
+    for a, b in zip(ours[:4], reference[:4], strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(ours[4:], reference[4:], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_gate_is_quantised_as_by_two_operators(dtype: torch.dtype) -> None:
+    gates = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
+    up = sample(64, 1024, dtype, 3)
+    table = luts.lut_table("silu", "nli-4", dtype)
+    index, keep = places(1024, [3, 500])
+    found = mixq.gate_and_prepare(torch.cat([gates, up], 1), table, index, keep)
+    product = activation.act_and_mul(torch.cat([gates, up], 1), table)
+    for ours, two in zip(found, (product, *mixq.prepare(product, index, keep)), strict=True):
+        assert torch.equal(ours.contiguous().view(torch.int8), two.contiguous().view(torch.int8))
+
+
+def test_gate_and_prepare_is_sound_and_refuses_what_does_not_fit() -> None:
+    x, table = sample(3, 200, torch.bfloat16), luts.lut_table("silu", "nli-4", torch.bfloat16)
+    index, keep = places(100, [1, 5])
+    torch.library.opcheck(mixq.gate_and_prepare, (x, table, index, keep))
+    for bad in ((x[:, :199], table), (x, table.half()), (x.float(), table), (x[0], table), (x, table[:5])):
+        with pytest.raises(RuntimeError):
+            mixq.gate_and_prepare(*bad, index, keep)
+    with pytest.raises(RuntimeError, match="keep"):
+        mixq.gate_and_prepare(x, table, index, places(200, [])[1])
+
+
+def test_a_layer_uses_what_was_prepared_and_nothing_else() -> None:
+    weight, x = weight_and_input(torch.bfloat16, {7: 300.0})
+    gated = torch.cat([x, sample(12, 512, torch.bfloat16, 6)], 1)
+    table = luts.lut_table("silu", "nli-4", torch.bfloat16)
+    ahead, plain = MixqKernel(weight, outliers=True), MixqKernel(weight, outliers=True)
+    for _ in range(2):  # with and without learning
+        product = ahead.gate(gated, table)
+        assert torch.equal(product, activation.act_and_mul(gated, table))
+        assert torch.equal(ahead(product), plain(product)) and ahead.ahead is None
+        # An input that is not the one that was prepared is prepared itself.
+        ahead.gate(gated, table)
+        assert torch.equal(ahead(x), plain(x))
+    assert ahead.slots.count == plain.slots.count > 0

@@ -128,3 +128,25 @@ def test_compressed_tensors_accepts_the_config(small: Path, tmp_path: Path) -> N
     group = scheme.config_groups["group_0"]
     assert group.weights.strategy == "channel"
     assert group.input_activations.dynamic is True
+
+
+def test_outlier_heavy_computes_the_same_with_larger_columns(small: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    heavy = models.outlier_heavy(small, tmp_path / "heavy")
+    ids, states = torch.arange(3, 67)[None], []
+    with torch.no_grad():
+        for folder in (small, heavy):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            out = model(ids, output_hidden_states=True)
+            states.append((out.logits, model.model.layers[0].post_attention_layernorm(out.hidden_states[0])))
+    (logits, plain), (same, large) = states
+    assert torch.allclose(same, logits, rtol=1e-5, atol=1e-5)
+    gain = (large.abs().amax((0, 1)) / plain.abs().amax((0, 1))).round().int().tolist()
+    assert sorted(gain)[-8:] == [32] * 4 + [64] * 4 and gain.count(1) == len(gain) - 8
+    assert models.outlier_heavy(small, heavy) == heavy
+    with pytest.raises(UserError, match="is not this benchmark model"):
+        models.outlier_heavy(small, small)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has no norms called"):
+        models.outlier_heavy(tmp_path, tmp_path / "out")

@@ -37,10 +37,10 @@ from lutserve.server.client import http, running_server
 
 N, K = 64, 320
 PACKS = {
-    "W8A8": W8A8,
-    "W4A8": lambda weight, dropped: W4A8(weight, dropped, 64),
-    "W4A8 rows": lambda weight, dropped: W4A8(weight, dropped, -1),
-    "W4A4": W4A4,
+    "W8A8": W8A8.rounded,
+    "W4A8": lambda weight, dropped: W4A8.rounded(weight, dropped, 64),
+    "W4A8 rows": lambda weight, dropped: W4A8.rounded(weight, dropped, -1),
+    "W4A4": W4A4.rounded,
 }
 
 
@@ -157,7 +157,7 @@ def test_w4a8_equals_its_parts(n: int, k: int, group: int) -> None:
     weight = torch.randn(n, k, generator=generator).half()
     x = torch.randn(3, k, generator=generator).half()
     dropped = torch.tensor([1, k - 1])
-    gemm = W4A8(weight, dropped, group)
+    gemm = W4A8.rounded(weight, dropped, group)
     rest = weight.clone()
     rest[:, dropped] = 0
     expected = rtn(rest, "int4", group).dequantize()
@@ -173,7 +173,7 @@ def test_w4a4_follows_the_published_weights() -> None:
 
     weight, x = (t.half() for t in case(large={7: 90.0}))
     published = MixqLinear(weight, bits=4, columns=torch.tensor([7]))
-    kernel = MixqKernel(weight, True, gains(7), True, W4A4)
+    kernel = MixqKernel(weight, True, gains(7), True, W4A4.rounded)
     assert torch.equal(kernel.gemm.codes, published.weight_codes)
     # Only the rounding of the activations' scale to fp16 differs.
     assert ((kernel(x) - published(x)).abs() <= 0.02 * published(x).abs() + 0.1).all()
@@ -199,7 +199,7 @@ def test_served_outputs_are_as_good_as_the_published_ones(
     with np.load(shared / "golden/mixq" / f"{name}.npz") as arrays:
         known = {key: torch.from_numpy(arrays[key]) for key in arrays}
     weight, x = known["W"].to(dtype), known["X"].to(dtype)
-    kernel = MixqKernel(weight, True, None, True, pack)
+    kernel = MixqKernel(weight, True, None, True, pack.rounded)
     kernel.slots.weight_rows = lambda places: weight[:, places].t()
     kernel.slots.hold(known[chosen].sort().values.long())
     published = known.get("out", known.get("out_sm80"))

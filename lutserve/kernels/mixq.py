@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lutserve.kernels import activation
 from lutserve.kernels.library import define
 from lutserve.kernels.reference import TINY, quantize_rows
 
@@ -69,6 +70,38 @@ Returns codes int8 [M, K] (0 in columns that are not kept), scales float32 [M, 1
 ratios float32 [M] (max|x| / rms(x) of each row over its kept columns, 0 without a finite positive rms) and
 their maximum [1].
 RuntimeError if the arguments are not so.
+"""
+
+
+Gated = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _gate_fake(x: torch.Tensor, table: torch.Tensor, index: torch.Tensor, keep: torch.Tensor) -> Gated:
+    torch._check(
+        x.dim() == 2 and x.shape[1] > 0,
+        lambda: f"mixq_gate_and_prepare: x must be [M, 2 K] with K > 0, not {tuple(x.shape)}",
+    )
+    product = activation._fake(x, table)
+    return (product, *_fake(product, index, keep))
+
+
+def _gate_reference(x: torch.Tensor, table: torch.Tensor, index: torch.Tensor, keep: torch.Tensor) -> Gated:
+    _gate_fake(x, table, index, keep)
+    product = activation._reference(x, table)
+    return (product, *_reference(product, index, keep))
+
+
+gate_and_prepare = define(
+    "mixq_gate_and_prepare(Tensor x, Tensor table, Tensor index, Tensor keep) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gate_reference,
+    _gate_fake,
+)
+"""`activation.act_and_mul` and `prepare` of its result, row by row while the row is in cache.
+
+x: [M, 2 K], gate and up. table: as of `act_and_mul`. index, keep: as of `prepare`.
+
+Returns the product [M, K], then what `prepare` makes of it; all equal in bits to the two operators'.
 """
 
 

@@ -6,10 +6,11 @@ bit. ReLU needs no table.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lutserve.compat import (
     GELU,
@@ -40,20 +41,32 @@ UNSERVED = frozenset(
 )
 
 
+#: Linear layers that quantise their input, by name: (x, table) -> `act_and_mul` of them, of which the layer
+#: keeps what it will want of it. `quant_methods` fill this in.
+READERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+
+
 class _Tabled(CustomOp):
     """Mixin of an activation that has a site."""
 
     gated = False
+    #: the linear layer beside this one that reads a gated activation
+    reader = ""
 
     def _place(self, site: Site, function: str) -> None:
         if wanted(site):
             self.table_site = TableSite(site, function, self._use_table)
 
     def _use_table(self) -> None:
+        if self.gated:
+            self.reader = names.name_of(self).rpartition(".")[0] + ".down_proj"
         self._forward_method = self.forward_counted if self.table_site.counter else self.forward_table
 
     def forward_table(self, x: torch.Tensor) -> torch.Tensor:
-        """Gather, and multiply where the activation is gated."""
+        """Gather, and multiply where the activation is gated; together with its reader's quantisation."""
+        # A compiled graph has no place for what the reader keeps.
+        if x.dim() == 2 and self.reader in READERS and not torch.compiler.is_compiling():
+            return READERS[self.reader](x, self.table_site.table)
         op = activation.act_and_mul if self.gated else activation.unary
         out: torch.Tensor = op(x, self.table_site.table)
         return out

@@ -22,19 +22,27 @@ def without(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 class W4A8:
     """int4 weights by groups of columns, activations quantised to int8 by row and group."""
 
-    def __init__(self, weight: torch.Tensor, dropped: torch.Tensor, group_size: int) -> None:
-        """Pack a weight, bf16 or fp16 [N, K]; `dropped` int64 [S] are columns that it need not hold."""
-        (self.n, self.k), self.dtype = weight.shape, weight.dtype
-        self.group_size = self.k if group_size == -1 else min(group_size, self.k)
-        if self.group_size % lut_gemm.OCTET and self.group_size < self.k:
-            raise UserError(f"group_size {group_size} is not a multiple of {lut_gemm.OCTET}")
-        int4 = formats.get("int4")
-        quantized, image = rtn(without(weight, dropped), int4, group_size), int4.int8_table()
-        self.packed = in_huge_pages(lut_gemm.pack(quantized.codes))
-        self.scales = lut_gemm.pack_scales(quantized.scales * image.scale)
+    def __init__(
+        self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, group_size: int
+    ) -> None:
+        """Pack indices of int4's values uint8 [N, K] with scales fp32 [N, ceil(K / group_size)]."""
+        (self.n, self.k), self.dtype, self.group_size = codes.shape, dtype, group_size
+        image = formats.get("int4").int8_table()
+        self.packed = in_huge_pages(lut_gemm.pack(codes))
+        self.scales = lut_gemm.pack_scales(scales * image.scale)
         self.table = torch.tensor(image.values, dtype=torch.float32).view(1, 1, 16)
         self.name = f"lut_gemm {library.backend_for('lut_gemm')}"
-        self.bits = 4 + 8 * self.scales.nbytes / weight.numel()
+        self.bits = 4 + 8 * self.scales.nbytes / codes.numel()
+
+    @classmethod
+    def rounded(cls, weight: torch.Tensor, dropped: torch.Tensor, group_size: int) -> W4A8:
+        """Round a weight, bf16 or fp16 [N, K]; `dropped` int64 [S] are columns that it need not hold."""
+        k = weight.shape[1]
+        group = k if group_size == -1 else min(group_size, k)
+        if group % lut_gemm.OCTET and group < k:
+            raise UserError(f"group_size {group_size} is not a multiple of {lut_gemm.OCTET}")
+        quantized = rtn(without(weight, dropped), "int4", group_size)
+        return cls(quantized.codes, quantized.scales, weight.dtype, group)
 
     def __call__(
         self, x: torch.Tensor, prepared: mixq.Prepared, slots: OutlierSlots, bias: torch.Tensor | None
@@ -61,11 +69,16 @@ class W4A8:
 class W4A4:
     """The published int4 weights and activations, one scale a row; safe fp32 scales for the activations."""
 
-    def __init__(self, weight: torch.Tensor, dropped: torch.Tensor) -> None:
-        """Quantise a weight, see W4A8."""
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
+        """Take codes int8 [N, K] from -8 to 7 and scales fp32 [N]."""
+        self.codes, self.scales, self.dtype = codes, scales, dtype
+        self.name, self.bits = "torch", 8 + 32 / codes.shape[1]
+
+    @classmethod
+    def rounded(cls, weight: torch.Tensor, dropped: torch.Tensor) -> W4A4:
+        """Round a weight as published, see `W4A8.rounded`."""
         codes, scales = quantize_weight_int4(weight.half(), dropped)
-        self.codes, self.scales, self.dtype = codes, scales.float(), weight.dtype
-        self.name, self.bits = "torch", 8 + 32 / weight.shape[1]
+        return cls(codes, scales.float(), weight.dtype)
 
     def __call__(
         self, x: torch.Tensor, prepared: mixq.Prepared, slots: OutlierSlots, bias: torch.Tensor | None

@@ -19,16 +19,15 @@ from lutserve.errors import UserError
 from lutserve.kernels import library, mixq
 from lutserve.kernels.mixq_reference import SIGMA
 from lutserve.kernels.reference import quantize_rows
+from lutserve.layers import activation
 from lutserve.methods import Method
 from lutserve.quant_methods import int8_gemm, online
 from lutserve.quant_methods.config import REPORTS, LayerReport
 from lutserve.quant_methods.int4_gemm import W4A4, W4A8
 from lutserve.quantizers.columns import Calibration, calibration_of
+from lutserve.quantizers.integers import EIGHT_BITS
 from lutserve.quantizers.outliers import THRESHOLD, OutlierSlots
 from lutserve.recipe import Group
-
-#: layers that are 8-bit in a 4-bit model, because their input is the hardest to quantise
-EIGHT_BITS = ("down_proj", "fc_out", "dense_4h_to_h")
 
 
 class Gemm(Protocol):
@@ -51,11 +50,16 @@ class Gemm(Protocol):
 class W8A8:
     """int8 weights and activations, one scale a row of each."""
 
-    def __init__(self, weight: torch.Tensor, dropped: torch.Tensor) -> None:
-        """Pack a weight, bf16 or fp16 [N, K], all of it: `dropped` columns cost nothing here."""
-        self.gemm = int8_gemm.choose(*quantize_rows(weight), weight.dtype)
-        self.name, self.bits = self.gemm.name, 8 + 32 / weight.shape[1]
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
+        """Pack codes int8 [N, K] with scales fp32 [N] for a model of the given dtype."""
+        self.gemm = int8_gemm.choose(codes, scales, dtype)
+        self.name, self.bits = self.gemm.name, 8 + 32 / codes.shape[1]
         self.columns = self.gemm.columns
+
+    @classmethod
+    def rounded(cls, weight: torch.Tensor, dropped: torch.Tensor) -> W8A8:
+        """Round a weight, bf16 or fp16 [N, K], all of it: `dropped` columns cost nothing here."""
+        return cls(*quantize_rows(weight), weight.dtype)
 
     def __call__(
         self, x: torch.Tensor, prepared: mixq.Prepared, slots: OutlierSlots, bias: torch.Tensor | None
@@ -65,8 +69,50 @@ class W8A8:
         return self.gemm(codes, scales, side, slots.weight, bias)
 
 
-class MixqKernel:
+class PackedLinear:
     """One packed linear layer: quantised inputs, an integer GEMM, and the outlier columns in 16 bit."""
+
+    def __init__(self, gemm: Gemm, slots: OutlierSlots, n: int, outliers: bool, learning: bool) -> None:
+        """Put the parts together.
+
+        Args:
+            gemm: the packed weight.
+            slots: the outlier columns.
+            n: output columns.
+            outliers: whether there are outlier columns.
+            learning: whether there may be others than `slots` has now.
+
+        """
+        self.gemm, self.slots, self.n = gemm, slots, n
+        self.outliers, self.learning = outliers, learning
+        # An input that is prepared already, and what it was prepared to.
+        self.ahead: tuple[torch.Tensor, mixq.Prepared] | None = None
+
+    def gate(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Return `act_and_mul` of x [M, 2 K], the next input of this layer, and prepare it while in cache."""
+        product, *prepared = mixq.gate_and_prepare(x, table, self.slots.index, self.slots.keep)
+        self.ahead = product, tuple(prepared)
+        return product
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x @ W^T + bias, [M, N], for x [M, K]; x is left unchanged."""
+        slots = self.slots
+
+        def prepare() -> mixq.Prepared:
+            prepared: mixq.Prepared = mixq.prepare(x, slots.index, slots.keep)
+            return prepared
+
+        ahead, self.ahead = self.ahead, None
+        prepared = ahead[1] if ahead and ahead[0] is x else prepare()
+        # One scalar tells whether any row has an unknown outlier; there is no device to wait for.
+        missed = self.outliers and prepared[-1].item() > THRESHOLD and not in_dummy_run()
+        if missed and slots.wants() and self.learning:
+            prepared = slots.learn(x, prepared, prepare)
+        return self.gemm(x, prepared, slots, bias)
+
+
+class MixqKernel(PackedLinear):
+    """A layer from its 16-bit weight."""
 
     def __init__(
         self,
@@ -74,7 +120,7 @@ class MixqKernel:
         outliers: bool,
         gain: torch.Tensor | None = None,
         static: bool = False,
-        pack: Callable[[torch.Tensor, torch.Tensor], Gemm] = W8A8,
+        pack: Callable[[torch.Tensor, torch.Tensor], Gemm] = W8A8.rounded,
     ) -> None:
         """Quantise and pack a weight.
 
@@ -86,30 +132,14 @@ class MixqKernel:
             pack: makes the GEMM from the weight and the columns that it need not hold.
 
         """
-        self.n, self.k = weight.shape
-        self.dtype = weight.dtype
+        n, k = weight.shape
         # Calibrated columns are kept as the checkpoint has them, those found later as the GEMM has them.
-        self.slots = OutlierSlots(self.k, lambda columns: weight[:, columns].t())
+        slots = OutlierSlots(k, lambda columns: weight[:, columns].t())
         if gain is not None:
-            self.slots.seed(gain)
-        self.gemm = pack(weight, self.slots.columns if static else torch.empty(0, dtype=torch.int64))
-        self.slots.weight_rows = self.gemm.columns
-        self.outliers, self.learning = outliers, not static
-
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return x @ W^T + bias, [M, N], for x [M, K]; x is left unchanged."""
-        slots = self.slots
-
-        def prepare() -> mixq.Prepared:
-            prepared: mixq.Prepared = mixq.prepare(x, slots.index, slots.keep)
-            return prepared
-
-        prepared = prepare()
-        # One scalar tells whether any row has an unknown outlier; there is no device to wait for.
-        missed = self.outliers and prepared[-1].item() > THRESHOLD and not in_dummy_run()
-        if missed and slots.wants() and self.learning:
-            prepared = slots.learn(x, prepared, prepare)
-        return self.gemm(x, prepared, slots, bias)
+            slots.seed(gain)
+        gemm = pack(weight, slots.columns if static else torch.empty(0, dtype=torch.int64))
+        slots.weight_rows = gemm.columns
+        super().__init__(gemm, slots, n, outliers, not static)
 
 
 class LlmInt8Kernel(MixqKernel):
@@ -123,7 +153,7 @@ class LlmInt8Kernel(MixqKernel):
 
 
 #: kernels by layer name: torch.compile sees one opaque op with a string, never the state behind it
-KERNELS: dict[str, MixqKernel] = {}
+KERNELS: dict[str, PackedLinear] = {}
 
 
 def _mixq_linear(x: torch.Tensor, bias: torch.Tensor | None, name: str, n: int) -> torch.Tensor:
@@ -134,8 +164,39 @@ def _mixq_linear_fake(x: torch.Tensor, bias: torch.Tensor | None, name: str, n: 
     return x.new_empty(x.shape[0], n)
 
 
-class MixqLinearMethod(LinearMethodBase):
-    """vLLM's side of a MixQ layer: loads a 16-bit weight and quantises it at load."""
+def install(report: LayerReport, kernel: PackedLinear, k: int) -> None:
+    """Let a layer with k input columns be served by a kernel, and report it."""
+    KERNELS[report.prefix] = kernel
+    # Methods that look at the input themselves have no use for what `gate` prepares.
+    if type(kernel).__call__ is PackedLinear.__call__:
+        activation.READERS[report.prefix] = kernel.gate
+    report.live = kernel.slots
+    report.weights = kernel.n * k
+    report.bits, report.kernel = kernel.gemm.bits, kernel.gemm.name
+    REPORTS.finish(report)
+
+
+class PackedMethod(LinearMethodBase):
+    """vLLM's side of a layer that is served by KERNELS[report.prefix]."""
+
+    report: LayerReport
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return x @ W^T + bias, [..., N], for x [..., K]."""
+        kernel = KERNELS[self.report.prefix]
+        # The very tensor where it can be: it may have been prepared already.
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        if torch.compiler.is_compiling():
+            out: torch.Tensor = torch.ops.lutserve.mixq_linear(flat, bias, self.report.prefix, kernel.n)
+        else:
+            out = kernel(flat, bias)
+        return out.view(*x.shape[:-1], kernel.n)
+
+
+class MixqLinearMethod(PackedMethod):
+    """Loads a 16-bit weight and quantises it at load."""
 
     uses_meta_device = True
 
@@ -177,35 +238,22 @@ class MixqLinearMethod(LinearMethodBase):
             kernel = kind(weight, self.method.outliers, gain, static, self._pack)
         except UserError as error:
             raise UserError(f"{report.prefix}: {error}") from None
-        KERNELS[report.prefix] = kernel
-        report.live = kernel.slots
-        report.weights = kernel.n * kernel.k
-        report.bits = kernel.gemm.bits
-        report.kernel = kernel.gemm.name
-        REPORTS.finish(report)
+        install(report, kernel, weight.shape[1])
 
     def _pack(self, weight: torch.Tensor, dropped: torch.Tensor) -> Gemm:
         if not self.method.format or self.report.group in EIGHT_BITS:
-            return W8A8(weight, dropped)
+            return W8A8.rounded(weight, dropped)
         if self.method.activations == 4:
-            return W4A4(weight, dropped)
-        return W4A8(weight, dropped, self.group.group_size)
-
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return x @ W^T + bias, [..., N], for x [..., K]."""
-        kernel = KERNELS[self.report.prefix]
-        flat = x.reshape(-1, x.shape[-1])
-        if torch.compiler.is_compiling():
-            out: torch.Tensor = torch.ops.lutserve.mixq_linear(flat, bias, self.report.prefix, kernel.n)
-        else:
-            out = kernel(flat, bias)
-        return out.view(*x.shape[:-1], kernel.n)
+            return W4A4.rounded(weight, dropped)
+        return W4A8.rounded(weight, dropped, self.group.group_size)
 
 
-def linear_method(method: Method, group: Group, report: LayerReport) -> MixqLinearMethod:
+def linear_method(method: Method, group: Group, report: LayerReport) -> PackedMethod:
     """Return the vLLM linear method of one layer (called through the registry in `lutserve.methods`)."""
+    if group.stored:
+        from lutserve.quant_methods.mixq_stored import StoredMethod
+
+        return StoredMethod(method, group, report, current_model())
     return MixqLinearMethod(method, group, report, calibration_of(group, current_model()))
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lutserve.quantizers import awq, folding
+from lutserve import methods
+from lutserve.quantizers import awq, folding, integers
 from lutserve.quantizers.gptq import gptq
+from lutserve.quantizers.integers import IntegerWeight
 from lutserve.quantizers.quality import sqnr
 from lutserve.quantizers.rtn import rtn
 from lutserve.quantizers.settings import Settings
@@ -24,7 +26,7 @@ from lutserve.quantizers.weight import QuantizedWeight
 class Layer:
     """A quantised linear layer and its errors, in dB; `output` only where there was calibration."""
 
-    weight: QuantizedWeight
+    weight: QuantizedWeight | IntegerWeight
     weight_sqnr: float
     output_sqnr: float | None
 
@@ -95,7 +97,12 @@ class BlockQuantizer:
     def round(self, name: str, weight: Tensor, entry: Inputs | None) -> Layer:
         """Quantise a (folded) weight [N, K]; `entry` is what the layer reads, if there was calibration."""
         settings, hessian = self.settings, entry.hessian if entry else None
-        if settings.algo == "gptq":
+        quantized: QuantizedWeight | IntegerWeight
+        if settings.integers:
+            absmax, leaf = entry.absmax if entry else None, name.rpartition(".")[2]
+            method = methods.get(settings.method)
+            quantized = integers.quantize(method, leaf, weight, absmax, hessian, settings.damping)
+        elif settings.algo == "gptq":
             assert hessian is not None
             quantized = gptq(
                 weight,

@@ -13,7 +13,7 @@ from lutserve.quantizers.settings import Settings
 def command(model: str, output: str, settings: Settings, text: str) -> str:
     """The command line that makes the folder, with only the options that differ from their defaults."""
     words = ["lutserve", "quantize", model, "--method", settings.method, "--algo", settings.algo]
-    words += ["--group-size", str(settings.group_size)]
+    words += [] if settings.integers else ["--group-size", str(settings.group_size)]
     default = Settings(settings.method, settings.algo)
     options = {
         "--alpha": (settings.alpha, default.alpha),
@@ -47,17 +47,22 @@ def text(model: str, output: str, settings: Settings, calibration: str, layers: 
         layers: the report, by layer.
 
     """
-    codebook = settings.codebook
-    values = ", ".join(f"{value:.9g}" for value in codebook.values)
-    share = "a row" if settings.group_size == -1 else f"for {settings.group_size} weights"
-    about = f"The linear layers of {model} as indices into a codebook, one fp32 scale {share}."
+    if settings.integers:
+        name, values = settings.method, []
+        about = f"The linear layers of {model} as integers, one fp32 scale a row, in the layout of MixQ."
+    else:
+        name = settings.codebook.name
+        values = ["Codebook: " + ", ".join(f"{value:.9g}" for value in settings.codebook.values) + ".", ""]
+        share = "a row" if settings.group_size == -1 else f"for {settings.group_size} weights"
+        about = f"The linear layers of {model} as indices into a codebook, one fp32 scale {share}."
+    bits = 8 if name in ("int8", "mix8") else 4
     measured = all("output_sqnr_db" in layer for layer in layers.values())
     lines = [
         "---",
         "library_name: vllm",
-        f"tags: [lutserve, {settings.algo}, 4-bit]",
+        f"tags: [lutserve, {settings.algo}, {bits}-bit]",
         "---",
-        f"# {model}, {codebook.name} by {settings.algo}",
+        f"# {model}, {name} by {settings.algo}",
         "",
         f"{about} Made with lutserve {lutserve.__version__}:",
         "",
@@ -67,8 +72,7 @@ def text(model: str, output: str, settings: Settings, calibration: str, layers: 
         "",
         f"`lutserve serve {output}` serves it; so does `vllm serve {output}` where lutserve is installed.",
         "",
-        f"Codebook: {values}.",
-        "",
+        *values,
         "## Measured error",
         "",
         "Signal-to-quantisation-noise ratio in dB of each weight"
@@ -78,8 +82,8 @@ def text(model: str, output: str, settings: Settings, calibration: str, layers: 
         "|---|---|" + ("---|" if measured else ""),
     ]
     keys = ["weight_sqnr_db"] + (["output_sqnr_db"] if measured else [])
-    for name, layer in layers.items():
-        lines.append(f"| {name} | " + " | ".join(f"{layer[key]:.2f}" for key in keys) + " |")
+    for layer_name, layer in layers.items():
+        lines.append(f"| {layer_name} | " + " | ".join(f"{layer[key]:.2f}" for key in keys) + " |")
     means = [fmean(layer[key] for layer in layers.values()) for key in keys]
     lines.append("| mean | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
     return "\n".join(lines) + "\n"

@@ -132,7 +132,8 @@ def calibration_of(group: Group, model: str) -> Calibration | None:
         UserError: the file cannot be read, or static outlier columns lack one.
 
     """
-    if not group.arithmetic.outliers:
+    # A folder with stored weights has its columns beside them.
+    if not group.arithmetic.outliers or group.stored:
         return None
     file = Path(model) / (group.calibration or FILE)
     if group.calibration or file.is_file():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -68,26 +70,21 @@ def gptq(
             fixed = [_scales(part, codebook, scheme) for part in w.split(group)]
         w = w[order]
     groups = order // group if static_groups else torch.arange(k) // group
-    factor = _inverse_factor(hessian, damping)
+    factor = inverse_factor(hessian, damping)
     del hessian
 
     codes = torch.empty((k, n), dtype=torch.uint8)
     chosen: list[_Scales] = fixed or []
-    for start in range(0, k, block_size):
-        stop = min(start + block_size, k)
-        block, errors = w[start:stop].clone(), torch.empty((stop - start, n))
-        for i in range(start, stop):
-            if fixed is None and i % group == 0:
-                # From the weight as finished blocks left it, not as this one is changing it.
-                chosen.append(_scales(w[i : i + group], codebook, scheme))
-            scale, zero = chosen[int(groups[i])]
-            column = block[i - start]
-            codes[i] = encode(column, scale, zero, codebook)
-            error = (column - decode(codes[i], scale, zero, codebook)) / factor[i, i]
-            block[i - start + 1 :].addr_(factor[i, i + 1 : stop], error, alpha=-1)
-            errors[i - start] = error
-        w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
 
+    def visit(i: int, column: Tensor) -> Tensor:
+        if fixed is None and i % group == 0:
+            # From the weight as finished blocks left it, not as the current one is changing it.
+            chosen.append(_scales(w[i : i + group], codebook, scheme))
+        scale, zero = chosen[int(groups[i])]
+        codes[i] = encode(column, scale, zero, codebook)
+        return decode(codes[i], scale, zero, codebook)
+
+    sweep(w, factor, k, block_size, visit)
     moved = act_order and not static_groups and group != k
     zeros = [zero for _, zero in chosen if zero is not None]
     return QuantizedWeight(
@@ -100,12 +97,36 @@ def gptq(
     )
 
 
+def sweep(
+    w: Tensor, factor: Tensor, count: int, block_size: int, visit: Callable[[int, Tensor], Tensor]
+) -> None:
+    """Round column after column, and let later ones make up for the errors of those before.
+
+    Args:
+        w: fp32 [K, N], the weight transposed; what is after the first `count` rows ends as it should be used.
+        factor: fp32 [K, K], of `inverse_factor`.
+        count: rows to visit.
+        block_size: rows updated at once before the rest is.
+        visit: (i, row i as it is now, [N]) -> what it is rounded to.
+
+    """
+    for start in range(0, count, block_size):
+        stop = min(start + block_size, count)
+        block, errors = w[start:stop].clone(), torch.empty((stop - start, w.shape[1]))
+        for i in range(start, stop):
+            column = block[i - start]
+            error = (column - visit(i, column)) / factor[i, i]
+            block[i - start + 1 :].addr_(factor[i, i + 1 : stop], error, alpha=-1)
+            errors[i - start] = error
+        w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+
+
 def _scales(columns: Tensor, codebook: Codebook, scheme: grid.Scheme) -> _Scales:
     """Scale and zero point [N] of one group, given as [columns, N]."""
     return grid.gptq_scales(columns.t(), codebook, scheme)
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper triangular U with U^T U = (hessian + damping)^-1, fp32; overwrites the hessian.
 
     Factorised back to front: reversed(H) = L L^T makes H = R R^T with R = reversed(L) upper triangular, and

@@ -18,6 +18,7 @@ from lutserve import checkpoint
 from lutserve.errors import UserError
 from lutserve.quantizers import calibration, card
 from lutserve.quantizers.block import BlockQuantizer, Layer, reader
+from lutserve.quantizers.integers import IntegerWeight
 from lutserve.quantizers.partial import Partial
 from lutserve.quantizers.settings import Settings
 from lutserve.quantizers.skeleton import Skeleton, run_block
@@ -175,7 +176,11 @@ class _Run:
             stored = self.skeleton.stored_name(index, name)
             owner = name.removesuffix(".weight")
             if owner in layers and name.endswith(".weight"):
-                tensors |= checkpoint.layer_tensors(stored.removesuffix(".weight"), layers[owner].weight)
+                layer, weight = stored.removesuffix(".weight"), layers[owner].weight
+                if isinstance(weight, IntegerWeight):
+                    tensors |= weight.tensors(layer, dtypes[name])
+                else:
+                    tensors |= checkpoint.layer_tensors(layer, weight)
             else:
                 tensors[stored] = parameter.to(dtypes[name])
         return tensors

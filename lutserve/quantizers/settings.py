@@ -8,9 +8,16 @@ from typing import Any
 from lutserve import formats, methods
 from lutserve.errors import UserError
 from lutserve.formats import Codebook
+from lutserve.mixq_layout import WRITTEN
 from lutserve.recipe import Recipe, parse
 
 ALGORITHMS = ("rtn", "gptq", "awq", "smoothquant")
+_INTEGER_ALGORITHMS = {
+    "int8": ("rtn", "smoothquant"),
+    "mix8": ("rtn",),
+    "mix4": ("rtn",),
+    "quik4": ("gptq",),
+}
 
 
 @dataclass(frozen=True)
@@ -18,9 +25,9 @@ class Settings:
     """Everything that the result depends on beside the model and the calibration text.
 
     method: a format of at most 16 values; what follows a `+` is about activations, and only written into
-        the configuration.
-    algo: rtn, gptq, awq or smoothquant.
-    group_size: columns that share a scale; -1 for whole rows.
+        the configuration. Or one of `mixq_layout.WRITTEN`, integers by rows.
+    algo: rtn, gptq, awq or smoothquant; int8 takes rtn and smoothquant, quik4 gptq, mix8 and mix4 rtn.
+    group_size: columns that share a scale; -1 for whole rows, which integers by rows always have.
     ignore: layers that stay in 16 bit: names, last parts of names, or `re:` and a regular expression.
     mse: rtn, smoothquant: search the clip ratio of each layer.
     full_range: integers, rtn, smoothquant: use all codes.
@@ -45,18 +52,22 @@ class Settings:
     length: int = 512
 
     def __post_init__(self) -> None:
-        if methods.get(self.method).family != "codebook":
-            raise UserError(f"{self.method} is quantised while it is loaded, not before; give a 4-bit format")
-        codebook = self.codebook
+        if not self.integers and methods.get(self.method).family != "codebook":
+            raise UserError(
+                f"{self.method} is quantised while it is loaded, not before; give a 4-bit format or one of "
+                f"{', '.join(WRITTEN)}"
+            )
         if self.algo not in ALGORITHMS:
             raise UserError(f"unknown algorithm {self.algo!r}; allowed: {', '.join(ALGORITHMS)}")
+        if self.integers:
+            self._check_integers()
         if self.group_size != -1 and (self.group_size < 1 or self.group_size % 8):
             raise UserError(f"--group-size {self.group_size}; allowed: multiples of 8, or -1 for whole rows")
         if self.algo in ("gptq", "awq") and (self.mse or self.full_range):
             option = "--mse" if self.mse else "--full-range"
             raise UserError(f"{option} goes with rtn and smoothquant; {self.algo} chooses its own scales")
-        if self.full_range and not codebook.integer:
-            raise UserError(f"--full-range is for integers; {codebook.name} has fixed values")
+        if self.full_range and not self.codebook.integer:
+            raise UserError(f"--full-range is for integers; {self.codebook.name} has fixed values")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UserError(f"--alpha {self.alpha}; allowed: 0 to 1")
         if self.damping < 0 or self.block_size < 1:
@@ -65,15 +76,30 @@ class Settings:
             raise UserError("--samples must be 1 or more, --sequence-length 2 or more")
         assert self.recipe.quantizes
 
+    def _check_integers(self) -> None:
+        allowed = _INTEGER_ALGORITHMS[self.method]
+        if self.algo not in allowed:
+            raise UserError(f"{self.method} goes with --algo {' or '.join(allowed)}, not {self.algo}")
+        if self.mse or self.full_range:
+            raise UserError(f"--mse and --full-range are for 4-bit formats, not for {self.method}")
+        if self.group_size not in (-1, Settings.group_size):
+            raise UserError(f"{self.method} has one scale a row; leave --group-size out")
+
+    @property
+    def integers(self) -> bool:
+        """Whether the weights are integers by rows, in MixQ's layout."""
+        return self.method in WRITTEN
+
     @property
     def codebook(self) -> Codebook:
-        """The format of the weights."""
+        """The format of the weights, where they have one."""
         return formats.get(methods.get(self.method).format)
 
     @property
     def recipe(self) -> Recipe:
         """What the result's `config.json` carries."""
-        group = {"method": self.method, "group_size": self.group_size, "stored": True}
+        size = -1 if self.integers else self.group_size
+        group = {"method": self.method, "group_size": size, "stored": True}
         return parse({"config_groups": {"default": group}, "ignore": self.ignore}, "options")
 
     @property
@@ -86,10 +112,12 @@ class Settings:
     @property
     def calibrated(self) -> bool:
         """Whether calibration text is needed."""
-        return self.algo != "rtn" or self.smoothing is not None
+        return self.algo != "rtn" or self.smoothing is not None or methods.get(self.method).outliers
 
     def to_json(self) -> dict[str, Any]:
         """All fields that have a say; the codebook by its values, whatever its file is called."""
-        data = asdict(self) | {"ignore": list(self.ignore), "values": list(self.codebook.values)}
+        data = asdict(self) | {"ignore": list(self.ignore)}
+        if not self.integers:
+            data["values"] = list(self.codebook.values)
         calibration = ("samples", "length")
         return {key: value for key, value in data.items() if self.calibrated or key not in calibration}

@@ -1,50 +1,11 @@
 // lutserve::act_and_mul: table[bits(gate)] * up, rounded once; lutserve::lut_unary: table[bits(x)].
 // Schema and meaning: kernels/activation.py.
 
-#include <cstring>
-
+#include "gate.h"
 #include "tensor.h"
-#include "vec.h"
 
 namespace lutserve {
 namespace {
-
-// Sixteen look-ups as scalar loads, four of them packed into each 64-bit register. On Zen 4 this is a
-// quarter faster than the gather instruction (with its odd/even shift for 16-bit entries) and than one
-// insert an entry; on Intel a gather is at best equal, and far slower under the microcode against Downfall.
-inline Bits16 lookup(const uint16_t* table, const uint16_t* keys) {
-#if defined(__AVX2__)
-  uint64_t words[4];
-  for (int i = 0; i < 4; ++i) {
-    const uint16_t* k = keys + 4 * i;
-    words[i] = uint64_t(table[k[0]]) | uint64_t(table[k[1]]) << 16 | uint64_t(table[k[2]]) << 32 |
-               uint64_t(table[k[3]]) << 48;
-  }
-  return from_words(words);
-#else
-  Bits16 bits;
-  for (int i = 0; i < kLanes; ++i) bits.lane[i] = table[keys[i]];
-  return bits;
-#endif
-}
-
-template <class T>
-void block(const uint16_t* gate, const uint16_t* up, const uint16_t* table, uint16_t* out) {
-  store(out, narrow<T>(widen<T>(lookup(table, gate)) * widen<T>(load(up))));
-}
-
-template <class T>
-void span(const uint16_t* gate, const uint16_t* up, const uint16_t* table, uint16_t* out, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) block<T>(gate + i, up + i, table, out + i);
-  if (i == n) return;
-  const size_t tail = size_t(n - i) * sizeof(uint16_t);
-  uint16_t gates[kLanes] = {}, ups[kLanes] = {}, outs[kLanes];
-  std::memcpy(gates, gate + i, tail);
-  std::memcpy(ups, up + i, tail);
-  block<T>(gates, ups, table, outs);
-  std::memcpy(out + i, outs, tail);
-}
 
 constexpr int64_t kSpan = 1024;    // columns that one step of the parallel loop does
 constexpr int64_t kGrain = 16384;  // elements a thread must have to be worth waking: about 7 us of work
@@ -85,7 +46,7 @@ Tensor act_and_mul(const Tensor& x, const Tensor& table) {
   const auto* in = static_cast<const uint16_t*>(rows.tensor.const_data_ptr());
   const auto* entries = static_cast<const uint16_t*>(table.const_data_ptr());
   auto* result = static_cast<uint16_t*>(out.mutable_data_ptr());
-  const auto run = dtype == ScalarType::Half ? span<Half> : span<BFloat16>;
+  const auto run = dtype == ScalarType::Half ? gate_row<Half> : gate_row<BFloat16>;
   const int64_t spans = (d + kSpan - 1) / kSpan;
   const int64_t grain = kGrain / std::clamp<int64_t>(d, 1, kSpan);
   torch::stable::parallel_for(0, rows.count * spans, grain, [&](int64_t begin, int64_t end) {

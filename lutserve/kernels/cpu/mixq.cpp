@@ -1,5 +1,6 @@
 // lutserve::mixq_prepare: split outlier columns off and quantise the rest, row by row, in two reads of
-// a row that stays in cache. lutserve::mixq_add_outliers: the thin product of those columns, for few rows.
+// a row that stays in cache. lutserve::mixq_gate_and_prepare: the same of a gated activation, while its row is
+// in cache. lutserve::mixq_add_outliers: the thin product of those columns, for few rows.
 // Schemas and meaning: kernels/mixq.py.
 
 #include <cmath>
@@ -7,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "gate.h"
 #include "tensor.h"
 #include "vec_float.h"
 
@@ -107,13 +109,13 @@ constexpr int64_t kGrain = 16384;  // elements a thread must have to be worth wa
 
 using Prepared = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <class T>
-Prepared prepare(const Rows& rows, const Tensor& index, const Tensor& keep, ScalarType dtype) {
-  const int64_t m = rows.count, k = rows.columns, s = index.numel();
+// row_at(r) gives row r of the m, k values.
+template <class T, class RowAt>
+Prepared prepare(int64_t m, int64_t k, RowAt row_at, const Tensor& index, const Tensor& keep, ScalarType dtype) {
+  const int64_t s = index.numel();
   const Tensor codes = empty({m, k}, ScalarType::Char), scales = empty({m, 1}, ScalarType::Float);
   const Tensor side = empty({m, s}, dtype), ratios = empty({m}, ScalarType::Float);
   const Tensor highest = empty({1}, ScalarType::Float);
-  const auto* x = static_cast<const uint16_t*>(rows.tensor.const_data_ptr());
   const auto* slots = static_cast<const int32_t*>(index.const_data_ptr());
   const auto* words = static_cast<const int32_t*>(keep.const_data_ptr());
   auto* q = static_cast<int8_t*>(codes.mutable_data_ptr());
@@ -122,7 +124,7 @@ Prepared prepare(const Rows& rows, const Tensor& index, const Tensor& keep, Scal
   auto* ratio = static_cast<float*>(ratios.mutable_data_ptr());
   torch::stable::parallel_for(0, m, std::max<int64_t>(1, kGrain / k), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const Row<T> row{x + r * rows.stride, words, k};
+      const Row<T> row{row_at(r), words, k};
       const auto [top, above] = row.measure();
       // Written so that a NaN fails the comparison and reaches the result through the scale.
       scale[r] = top <= kTiny ? 0.0f : top / 127.0f;
@@ -135,18 +137,56 @@ Prepared prepare(const Rows& rows, const Tensor& index, const Tensor& keep, Scal
   return {codes, scales, side, ratios, highest};
 }
 
-Prepared mixq_prepare(const Tensor& x, const Tensor& index, const Tensor& keep) {
+void check(const char* op, const Tensor& x, int64_t k, const Tensor& index, const Tensor& keep) {
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  "mixq_prepare: x must be float16 or bfloat16");
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "mixq_prepare: x must be [M, K] with K > 0");
-  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Int && index.dim() == 1 && index.is_contiguous(),
-                  "mixq_prepare: index must be a contiguous int32 [S]");
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op,
+                  ": x must be float16 or bfloat16");
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Int && index.dim() == 1 && index.is_contiguous(), op,
+                  ": index must be a contiguous int32 [S]");
   STD_TORCH_CHECK(keep.scalar_type() == ScalarType::Int && keep.dim() == 1 && keep.is_contiguous() &&
-                      keep.numel() == (x.size(1) + 31) / 32,
-                  "mixq_prepare: keep must be a contiguous int32 [ceil(K / 32)]");
-  const auto run = dtype == ScalarType::Half ? prepare<Half> : prepare<BFloat16>;
-  return run(rows_of(x), index, keep, dtype);
+                      keep.numel() == (k + 31) / 32,
+                  op, ": keep must be a contiguous int32 [ceil(K / 32)]");
+}
+
+Prepared mixq_prepare(const Tensor& x, const Tensor& index, const Tensor& keep) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "mixq_prepare: x must be [M, K] with K > 0");
+  check("mixq_prepare", x, x.size(1), index, keep);
+  const Rows rows = rows_of(x);
+  const auto* from = static_cast<const uint16_t*>(rows.tensor.const_data_ptr());
+  const auto row_at = [&](int64_t r) { return from + r * rows.stride; };
+  const ScalarType dtype = x.scalar_type();
+  return dtype == ScalarType::Half ? prepare<Half>(rows.count, rows.columns, row_at, index, keep, dtype)
+                                   : prepare<BFloat16>(rows.count, rows.columns, row_at, index, keep, dtype);
+}
+
+using Gated = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+Gated gate_and_prepare(const Rows& rows, const uint16_t* table, const Tensor& index, const Tensor& keep,
+                       ScalarType dtype) {
+  const int64_t k = rows.columns / 2;
+  const Tensor product = empty({rows.count, k}, dtype);
+  const auto* from = static_cast<const uint16_t*>(rows.tensor.const_data_ptr());
+  auto* to = static_cast<uint16_t*>(product.mutable_data_ptr());
+  const auto row_at = [&](int64_t r) -> const uint16_t* {
+    const uint16_t* gate = from + r * rows.stride;
+    gate_row<T>(gate, gate + k, table, to + r * k, k);
+    return to + r * k;
+  };
+  return std::tuple_cat(std::make_tuple(product), prepare<T>(rows.count, k, row_at, index, keep, dtype));
+}
+
+Gated mixq_gate_and_prepare(const Tensor& x, const Tensor& table, const Tensor& index, const Tensor& keep) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && x.size(1) % 2 == 0,
+                  "mixq_gate_and_prepare: x must be [M, 2 K] with K > 0: gate and up");
+  check("mixq_gate_and_prepare", x, x.size(1) / 2, index, keep);
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(table.scalar_type() == dtype && table.dim() == 1 && table.numel() == 65536 &&
+                      table.is_contiguous(),
+                  "mixq_gate_and_prepare: table must be a contiguous [65536] tensor of x's dtype");
+  const auto* entries = static_cast<const uint16_t*>(table.const_data_ptr());
+  const auto run = dtype == ScalarType::Half ? gate_and_prepare<Half> : gate_and_prepare<BFloat16>;
+  return run(rows_of(x), entries, index, keep, dtype);
 }
 
 // Vectors of columns whose sums, times four rows, stay in registers.
@@ -226,6 +266,7 @@ void mixq_add_outliers(const Tensor& out, const Tensor& side, const Tensor& weig
 
 STABLE_TORCH_LIBRARY_IMPL(lutserve, CPU, library) {
   library.impl("mixq_prepare", TORCH_BOX(&mixq_prepare));
+  library.impl("mixq_gate_and_prepare", TORCH_BOX(&mixq_gate_and_prepare));
   library.impl("mixq_add_outliers", TORCH_BOX(&mixq_add_outliers));
 }
 
