@@ -43,7 +43,7 @@ class MixqFolder(StoredModel):
         return self.layer(name).dequantize()
 
     def facts(self) -> list[LayerFacts]:
-        """Size of each quantised layer, and its errors where they were measured, in the order of the model."""
+        """Size of each quantised layer, and its errors where measured, in the order of the model."""
         found = []
         for name in self.layers:
             layout, errors = stored(self.folder, name), self.report["layers"].get(name, {})
