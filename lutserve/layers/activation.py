@@ -55,6 +55,8 @@ class _Tabled(CustomOp):
 
     def _place(self, site: Site, function: str) -> None:
         if wanted(site):
+            # A model is being built: what the last one's layers read is no more.
+            READERS.clear()
             self.table_site = TableSite(site, function, self._use_table)
 
     def _use_table(self) -> None:
