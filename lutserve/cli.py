@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -44,7 +43,8 @@ app = typer.Typer(
 class _ServeByDefault(TyperGroup):
     """`lutserve bench FLAGS` is `lutserve bench serve FLAGS`."""
 
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+    # The context's class is typer's own, and private.
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
         if not args or (args[0] not in self.commands and args[0] != "--help"):
             args = ["serve", *args]
         return super().parse_args(context, args)

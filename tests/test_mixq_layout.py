@@ -216,10 +216,8 @@ def test_a_published_folder_is_served(tmp_path: Path, bits: int, later: bool, pa
 
 def split(weight: integers.IntegerWeight, kind: str) -> PackedLinear:
     """A layer from a stored weight, as `mixq_stored` builds it."""
-    slots = OutlierSlots(
-        weight.codes.shape[1], lambda wanted: kept[torch.searchsorted(weight.columns, wanted)]
-    )
-    kept = weight.kept.t().half().contiguous()
+    columns, kept = weight.columns, weight.kept.t().half().contiguous()
+    slots = OutlierSlots(weight.codes.shape[1], lambda wanted: kept[torch.searchsorted(columns, wanted)])
     slots.capacity = max(slots.capacity, len(weight.columns))
     slots.hold(weight.columns)
     if kind == "quik4":

@@ -90,9 +90,9 @@ class PackedLinear:
 
     def gate(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Return `act_and_mul` of x [M, 2 K], the next input of this layer, and prepare it while in cache."""
-        product, *prepared = mixq.gate_and_prepare(x, table, self.slots.index, self.slots.keep)
-        self.ahead = product, tuple(prepared)
-        return product
+        gated: mixq.Gated = mixq.gate_and_prepare(x, table, self.slots.index, self.slots.keep)
+        self.ahead = gated[0], gated[1:]
+        return gated[0]
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x @ W^T + bias, [M, N], for x [M, K]; x is left unchanged."""

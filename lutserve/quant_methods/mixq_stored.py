@@ -87,7 +87,7 @@ class StoredMethod(PackedMethod):
         """Pack, and let the loaded tensors go."""
         layout = self.layout
         codes = layer.get_parameter(layout.codes)
-        rank, scales = codes.tp_rank, layer.get_parameter(SCALE).data[0]
+        rank, scales = getattr(codes, "tp_rank", 0), layer.get_parameter(SCALE).data[0]
         columns, kept = self._columns(layer, rank)
         if layout.bits == 8:
             integers = codes.data
@@ -122,7 +122,7 @@ class StoredMethod(PackedMethod):
             raise UserError(f"{self.report.prefix}: its parts have different outlier columns, but one input")
         order = places[0].argsort()
         # Where the input is split between devices this one has its share of the columns.
-        whole = layer.input_size == self.k  # type: ignore[operator]
+        whole = layer.input_size == self.k
         columns = places[0][order] - (0 if whole else self.k * rank)
         here = (columns >= 0) & (columns < self.k)
         if whole and not (here.all() and (columns.diff() > 0).all()):
