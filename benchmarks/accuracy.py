@@ -1,15 +1,19 @@
 """What our arithmetic costs in quality: perplexity of several recipes on the same windows of WikiText-2.
 
     python -m lutserve.benchmarks.accuracy --data FOLDER [--windows 32] [--dtype bfloat16] [-o out/accuracy]
+        [--outlier-heavy]
         [--recipes bf16,nli-4,mix8] [--recipes "exact=--method none" --recipes "nli-2=--lut nli-2"]
 
 FOLDER holds `wikitext2_test.raw.gz`. Windows of 2048 tokens, no overlap, as the papers have it. The first
-recipe is what the others are compared with. Writes one JSON record and prints one table.
+recipe is what the others are compared with. With --outlier-heavy all serve a form of the model that computes
+the same but has columns 32 to 64 times as large, made and calibrated once. Writes one JSON record and prints
+one table.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,9 +25,12 @@ import typer
 from rich.table import Table
 
 from lutserve import machine, methods, models
+from lutserve.benchmarks import models as benchmark_models
 from lutserve.console import for_tables
 from lutserve.errors import UserError
 from lutserve.eval.ppl import Perplexity, perplexity, wikitext2
+from lutserve.quantizers.calibrate import calibrate
+from lutserve.quantizers.columns import FILE
 from lutserve.server.client import running_server
 
 WINDOW = 2048
@@ -72,6 +79,16 @@ def measure(flags: tuple[str, ...], text: str, windows: int | None, log: Path, m
     return found
 
 
+def heavy(model: str) -> Path:
+    """Return the folder of the form of `model` with large columns, and a calibration of it inside."""
+    source = Path(models.resolve(model))
+    target = benchmark_models.default_folder(f"{source.name}-outliers")
+    folder: Path = benchmark_models.outlier_heavy(source, target)
+    if not (folder / FILE).is_file():
+        calibrate(folder, folder, samples=32)
+    return folder
+
+
 def main(
     data: Annotated[Path, typer.Option(help="Folder with wikitext2_test.raw.gz.")],
     windows: Annotated[int, typer.Option(help="Windows to score, from the start.")] = 32,
@@ -84,6 +101,9 @@ def main(
         typer.Option(help="Names with commas between, or NAME=FLAGS of `lutserve serve`; may be repeated."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    outlier_heavy: Annotated[
+        bool, typer.Option("--outlier-heavy", help="The model with some columns 32 to 64 times as large.")
+    ] = False,
 ) -> None:
     """Measure every recipe, write the record, print the table."""
     if dtype not in ("bfloat16", "float16"):
@@ -92,7 +112,12 @@ def main(
         flags_of = chosen(recipes or ())
     except UserError as error:
         raise typer.BadParameter(str(error), param_hint="--recipes") from None
-    text = wikitext2(data)
+    text, label = wikitext2(data), model
+    if outlier_heavy:
+        # Where the calibration text lies.
+        os.environ.setdefault("LUTSERVE_DATA", str(data))
+        folder = heavy(model)
+        model, label = str(folder), folder.name
     output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for name, flags in flags_of.items():
@@ -101,7 +126,7 @@ def main(
     base = rows[0]["perplexity"]
     for row in rows:
         row["ratio"] = row["perplexity"] / base
-    setting: dict[str, Any] = {"model": model, "dtype": dtype, "text": "WikiText-2 raw test"}
+    setting: dict[str, Any] = {"model": label, "dtype": dtype, "text": "WikiText-2 raw test"}
     setting |= {"window": WINDOW, "windows": windows}
     record = (
         machine.collect()
