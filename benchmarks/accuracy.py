@@ -85,7 +85,7 @@ def heavy(model: str) -> Path:
     target = benchmark_models.default_folder(f"{source.name}-outliers")
     folder: Path = benchmark_models.outlier_heavy(source, target)
     if not (folder / FILE).is_file():
-        calibrate(folder, folder, samples=32)
+        calibrate(folder, folder, samples=16)
     return folder
 
 
