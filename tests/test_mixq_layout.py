@@ -369,7 +369,8 @@ def test_smoothquant_int8_folds_and_rounds(tmp_path: Path) -> None:
         for key, value in tensors.items()
         if not key.endswith(".scale_col")
     }
-    assert distance(scores_of(tiny, exact), scores_of(tiny)) < 0.05
+    # A norm that is not folded, or a weight that is not, changes it by nats.
+    assert distance(scores_of(tiny, exact), scores_of(tiny)) < 0.15
     assert "--method int8 --algo smoothquant" in (out / "README.md").read_text()
 
 
