@@ -19,6 +19,7 @@ from lutserve import (
     cli_outliers,
     cli_profile,
     cli_quantize,
+    cli_report,
     cli_search,
     env,
 )
@@ -61,6 +62,7 @@ app.command(name="flops")(cli_search.flops)
 app.command(name="search")(cli_search.search)
 app.command(name="calibrate")(cli_outliers.calibrate)
 app.command(name="outliers")(cli_outliers.outliers)
+app.command(name="report")(cli_report.report)
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
