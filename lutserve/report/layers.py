@@ -86,7 +86,7 @@ def _is_ranges(record: Record) -> bool:
 
 def _ranges(record: Record, before: int) -> list[Chart]:
     """What arrives at the nonlinear sites, from `lutserve profile ranges`: a chart a kind of site."""
-    charts = []
+    charts: list[Chart] = []
     for site in dict.fromkeys(row["site"] for row in record.data["sites"]):
         whole, inner = [], []
         for row in record.data["sites"]:

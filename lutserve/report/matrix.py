@@ -179,7 +179,7 @@ def level(ratio: float | None) -> str:
 
 def _by_bits(matrix: Matrix, before: int) -> list[Chart]:
     """A chart for each model and perplexity, of the recipes whose bits are known."""
-    charts = []
+    charts: list[Chart] = []
     for column in matrix.primary:
         for model in dict.fromkeys(row[0] for row in matrix.rows):
             points = tuple(
