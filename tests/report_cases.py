@@ -86,6 +86,7 @@ def fill(folder: Path) -> Path:
     write_cells(folder, cells())
     for name in (
         "accuracy-smollm2",
+        "attention-zen4",
         "bench-decode-1b-zen3",
         "linears-zen3",
         "memory-llama-4-layers",

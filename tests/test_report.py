@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html.parser
 import io
 import json
 import math
@@ -11,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
@@ -229,7 +229,7 @@ def test_series_can_be_told_apart() -> None:
 # The page
 
 
-class Page(html.parser.HTMLParser):
+class Page(HTMLParser):
     """Elements with their attributes; a tag that is not closed, or closed twice, is an error."""
 
     VOID = frozenset({"meta", "link", "input", "br"})

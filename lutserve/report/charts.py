@@ -96,7 +96,8 @@ class Axis:
 
     def _round_values(self) -> Iterator[float]:
         if self.log:
-            decades = range(math.floor(self.low), math.ceil(self.high) + 1)
+            stride = max(int((self.high - self.low) / _TICKS), 1)
+            decades = range(math.floor(self.low / stride) * stride, math.ceil(self.high) + 1, stride)
             factors = (1, 2, 5) if len(decades) < 4 else (1,)
             values = [factor * 10.0**decade for decade in decades for factor in factors]
             yield from (value for value in values if self.low <= math.log10(value) <= self.high)

@@ -223,7 +223,7 @@ def _primary(cell: Cell) -> str:
 def _ratio(value: float, base: float, metric: str) -> float | None:
     if metric in LESS:
         value, base = base, value
-    return value / base if base > 0 else None
+    return None if base == 0 else value / base
 
 
 def _written(value: float | None, metric: str) -> str:
