@@ -99,8 +99,10 @@ class Axis:
             stride = max(int((self.high - self.low) / _TICKS), 1)
             decades = range(math.floor(self.low / stride) * stride, math.ceil(self.high) + 1, stride)
             factors = (1, 2, 5) if len(decades) < 4 else (1,)
-            values = [factor * 10.0**decade for decade in decades for factor in factors]
-            yield from (value for value in values if self.low <= math.log10(value) <= self.high)
+            for decade in decades:
+                for factor in factors:
+                    if self.low <= decade + math.log10(factor) <= self.high:
+                        yield factor * 10.0**decade
             return
         rough = max((self.high - self.low) / _TICKS, 1.0 if self.whole else 0.0)
         unit = 10.0 ** math.floor(math.log10(rough))
