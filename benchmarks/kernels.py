@@ -23,7 +23,8 @@ from lutserve.kernels import activation, mixq
 from lutserve.quant_methods.int8_gemm import FusedGemm, Int8Gemm, OnednnGemm, onednn_is_exact
 
 Call = Callable[[], torch.Tensor]
-REPEATS = 15
+#: rounds of a comparison: this many, or what fits the seconds, but no fewer than the second number
+REPEATS, FEWEST, SECONDS = 15, 5, 20.0
 
 
 def compare(calls: Mapping[str, Call], tolerance: float) -> dict[str, list[float]]:
@@ -38,7 +39,10 @@ def compare(calls: Mapping[str, Call], tolerance: float) -> dict[str, list[float
         if not error <= tolerance:
             raise RuntimeError(f"{name} is off by {error:.2e}, allowed are {tolerance:.0e}")
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(REPEATS):
+    end = time.monotonic() + SECONDS
+    for done in range(REPEATS):
+        if done >= FEWEST and time.monotonic() > end:
+            break
         for name, call in calls.items():
             start = time.perf_counter()
             call()
