@@ -11,7 +11,7 @@ from lutserve.errors import UserError
 PREFIX = "LUTSERVE_"
 
 VARIABLES: dict[str, str] = {
-    "LUTSERVE_BACKEND": "kernel family: auto (default), reference or cpu",
+    "LUTSERVE_BACKEND": "kernel family: auto (default), reference, cpu or triton",
     "LUTSERVE_CACHE": "folder for converted models and compiled kernels (default ~/.cache/lutserve)",
     "LUTSERVE_DATA": "folder with the offline evaluation data, read by the lm-eval task files",
     "LUTSERVE_ISA": "instruction set for the C++ kernels: amx, avx512_bf16, avx512, avx2 or portable",

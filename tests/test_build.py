@@ -189,7 +189,7 @@ def test_reference_backend_compiles_nothing(cache, monkeypatch, tmp_path):
 
 def test_unknown_backend(cache, monkeypatch):
     monkeypatch.setenv("LUTSERVE_BACKEND", "gpu")
-    with pytest.raises(UserError, match="auto, reference, cpu"):
+    with pytest.raises(UserError, match="auto, reference, cpu, triton"):
         library.load.__wrapped__()
 
 

@@ -69,14 +69,14 @@ def strict(
     x: fp16 [M, K]. codes: uint8 [N, K]. scales: fp16 [N, G]. kinds: uint8 [N, G], the table of each group.
     products: fp16 [T, 65536, 16]. bias: fp16 [N].
     """
-    rows, total = patterns(x), torch.zeros((len(x), len(codes)))
+    rows, total = patterns(x), x.new_zeros((len(x), len(codes)), dtype=torch.float32)
     for group, begin in enumerate(range(0, x.shape[1], group_size)):
         kind, scale = kinds[:, group].long(), scales[:, group]
         sums = torch.zeros_like(total, dtype=torch.float16)
         for column in range(begin, begin + group_size):
             sums = products[kind, rows[:, column, None], codes[:, column].long()] + sums
         if fpma_dequant:
-            nan = torch.tensor(_NAN, dtype=torch.int16).view(torch.float16)
+            nan = torch.tensor(_NAN, dtype=torch.int16, device=x.device).view(torch.float16)
             total += multiply(torch.where(sums.isnan(), nan, sums), scale).float()
         else:
             total += (sums * scale).float()
@@ -87,7 +87,7 @@ def uniform(
     x: torch.Tensor, weight: torch.Tensor, compensation: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """FPMA of fp16 x [M, K] and weight [N, K], summed as in `strict` by tiles without scales; fp16 [M, N]."""
-    total = torch.zeros((len(x), len(weight)))
+    total = x.new_zeros((len(x), len(weight)), dtype=torch.float32)
     for begin in range(0, x.shape[1], TILE):
         sums = torch.zeros_like(total, dtype=torch.float16)
         for column in range(begin, min(begin + TILE, x.shape[1])):

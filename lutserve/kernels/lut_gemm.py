@@ -25,7 +25,7 @@ def pack(indices: torch.Tensor) -> torch.Tensor:
     """
     n, k = indices.shape
     panels, octets = -(-n // COLUMNS), -(-k // OCTET)
-    padded = torch.zeros((panels * COLUMNS, octets * OCTET), dtype=torch.uint8)
+    padded = indices.new_zeros((panels * COLUMNS, octets * OCTET))
     padded[:n, :k] = indices
     nibbles = padded.view(panels, COLUMNS, octets, OCTET)[..., ORDER].transpose(1, 2)
     return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).contiguous().view(panels, octets, 2, 16, 4)
@@ -42,7 +42,7 @@ def pack_scales(scales: torch.Tensor) -> torch.Tensor:
     """Return the scales [N, G] as `lut_gemm` reads them: float32 [ceil(N/32), G, 32], 0 outside."""
     n, groups = scales.shape
     panels = -(-n // COLUMNS)
-    padded = torch.zeros((panels * COLUMNS, groups), dtype=torch.float32)
+    padded = scales.new_zeros((panels * COLUMNS, groups), dtype=torch.float32)
     padded[:n] = scales
     return padded.view(panels, COLUMNS, groups).transpose(1, 2).contiguous()
 
@@ -100,14 +100,14 @@ def _reference(
     classes, m, k = x.shape
     indices = unpack(packed, n, k).long()
     books = codebooks.to(x.dtype).float()
-    kinds = torch.zeros(scales.shape[:2], dtype=torch.uint8) if types is None else types
-    out = torch.zeros((m, n))
+    kinds = torch.zeros_like(scales[..., 0]) if types is None else types
+    out = scales.new_zeros((m, n))
     for group, begin in enumerate(range(0, k, group_size)):
         part = slice(begin, begin + group_size)
         kind = kinds[:, group].long().repeat_interleave(COLUMNS)[:n, None]
-        sums = torch.zeros((m, n))
+        sums = torch.zeros_like(out)
         for c in range(classes):
-            values, factor = x[c, :, part].float(), torch.ones(m)
+            values, factor = x[c, :, part].float(), scales.new_ones(m)
             if quantize_activations:
                 codes, factor = quantize_rows(values)
                 values = codes.float()

@@ -12,12 +12,12 @@ _HUGE = 1 << 21
 
 
 def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous copy of a CPU tensor in huge pages, where the system gives them on request.
+    """Return a contiguous copy of a tensor in huge pages, where the system gives them on request.
 
     Only the pages that it fills are huge: the rest, at its end, lies in ordinary ones. Smaller tensors than
-    a huge page, and systems without `madvise`, get the tensor itself.
+    a huge page, those of other devices, and systems without `madvise` get the tensor itself.
     """
-    if tensor.nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if not tensor.is_cpu or tensor.nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return tensor
     # Private memory: shared memory, mmap's default, takes huge pages only where the administrator says so.
     region = mmap.mmap(-1, tensor.nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -90,10 +90,12 @@ class _Loading(LinearMethodBase):
         weight = online.take_weight(layer)
         if weight is None:
             return
-        buffers = self.pack(weight)
+        # The search for formats runs on the CPU.
+        buffers = self.pack(weight.cpu())
         # As buffers: torch.compile then takes them for inputs, not for constants to copy.
         for name, tensor in buffers.items():
-            layer.register_buffer(f"axcore_{name}", tensor, persistent=False)
+            moved = None if tensor is None else tensor.to(weight.device)
+            layer.register_buffer(f"axcore_{name}", moved, persistent=False)
         self.n, report = len(weight), self.report
         report.weights = weight.numel()
         stored = (buffers[name] for name in ("weight", "scales", "types") if buffers.get(name) is not None)

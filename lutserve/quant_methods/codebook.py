@@ -125,7 +125,7 @@ class CodebookLinearMethod(LinearMethodBase):
             weight = online.take_weight(layer)
             if weight is None:
                 return
-            pieces, table = self._rounded(weight), torch.tensor(self.format.table)
+            pieces, table = self._rounded(weight), torch.tensor(self.format.table, device=weight.device)
         packed, scales = [], []
         for codes, scale in pieces:
             packed.append(lut_gemm.pack(codes))
@@ -133,7 +133,7 @@ class CodebookLinearMethod(LinearMethodBase):
         image = self.format.int8_table() if self.a8 else None
         by_panels = torch.cat(scales)
         if image:
-            table, by_panels = torch.tensor(image.values), by_panels * image.scale
+            table, by_panels = table.new_tensor(image.values), by_panels * image.scale
         # As buffers: torch.compile then takes them for inputs, not for constants to copy.
         layer.register_buffer("lut_indices", in_huge_pages(torch.cat(packed)), persistent=False)
         layer.register_buffer("lut_scales", by_panels, persistent=False)
@@ -161,7 +161,7 @@ class CodebookLinearMethod(LinearMethodBase):
                 f"{self.report.prefix} is one fused layer but its parts have different tables, and the GEMM "
                 "takes one; quantise all parts of a fused layer to one format"
             )
-        if self.a8 and not torch.allclose(tables[0], torch.tensor(self.format.table), rtol=1e-6):
+        if self.a8 and not torch.allclose(tables[0], tables.new_tensor(self.format.table), rtol=1e-6):
             raise UserError(
                 f"{self.report.prefix}: stored table is not {self.format.name}'s; serve without +a8"
             )

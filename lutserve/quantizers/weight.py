@@ -71,10 +71,10 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor | None, codebook: Codebook) ->
 def _count_below(t: Tensor, midpoints: tuple[float, ...]) -> Tensor:
     """How many midpoints lie strictly below each element, uint8."""
     if t.numel() < _MANY:
-        return torch.bucketize(t, torch.tensor(midpoints), out_int32=True).to(torch.uint8)
+        return torch.bucketize(t, t.new_tensor(midpoints), out_int32=True).to(torch.uint8)
     # Fifteen vector comparisons are several times as fast as a binary search per element.
-    count = torch.zeros(t.shape, dtype=torch.uint8)
-    above = torch.empty(t.shape, dtype=torch.bool)
+    count = torch.zeros_like(t, dtype=torch.uint8)
+    above = torch.empty_like(t, dtype=torch.bool)
     for midpoint in midpoints:
         torch.gt(t, midpoint, out=above)
         count += above.view(torch.uint8)
