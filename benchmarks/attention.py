@@ -1,8 +1,9 @@
-"""Attention by itself: ours with a table and with exact exp against vLLM's own, same inputs and shapes.
+"""Attention by itself: with tables, exact, and over 4-bit caches against vLLM's own, same inputs and shapes.
 
-    python -m lutserve.benchmarks.attention [-o out/attention] [--threads 1] [--seconds 2]
+    python -m lutserve.benchmarks.attention [-o out/attention] [--threads 1] [--seconds 2] [--only decode]
 
-Every triple is timed in alternation and checked against vLLM's result first. Writes one JSON record.
+All are timed in alternation and checked against vLLM's result first. Writes one JSON record, which also says
+how many tokens each cache holds.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 import typer
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from lutserve import luts
+from lutserve import kv_formats, luts
 from lutserve.benchmarks.record import report, spread
 from lutserve.compat import vllm_ops
-from lutserve.kernels import attention
+from lutserve.kernels import attention, kv4, kv4_attention
+from lutserve.layers.kv_cache import Tensors
 
 BLOCK = 128
 #: name -> query heads, kv heads, head size
@@ -36,6 +38,8 @@ STEPS: dict[str, Sequence[tuple[int, int]]] = {
 }
 #: relative (Frobenius) distance from vLLM's result, which itself rounds to the dtype
 TOLERANCE = 2e-2
+#: the same of 4-bit caches, whose keys and values are others
+TOLERANCES = {"kv nf4": 0.3, "kv axcore": 0.4}
 
 
 def calls(
@@ -90,16 +94,50 @@ def calls(
         return out
 
     nli = luts.lut_table("softmax_exp", "nli-4", torch.float16)
-    return {"vllm": vllm, "nli-4": partial(lut, nli), "exact": partial(lut, None)}, writes
+    attentions = {"vllm": vllm, "nli-4": partial(lut, nli), "exact": partial(lut, None)}
+    for name in TOLERANCES:
+        scheme = kv_formats.get(name.removeprefix("kv "))
+        tensors = Tensors.of(scheme, dtype)
+        width = kv4.Layout(BLOCK, size, scheme.by_unit).bytes_per_token
+        cache = torch.zeros(sum(counts), kv_heads, BLOCK, width, dtype=torch.uint8)
+        divisors = scheme.keys.divisor, scheme.values.divisor
+        writes[name] = partial(kv4.write, key, value, cache, slots, tensors.bounds, *divisors, scheme.by_unit)
+        writes[name]()
+        # This step's values, which a cache by units sees before they are quantised.
+        last = [slice(sum(counts[:i]) * BLOCK, None) for i in range(len(requests))]
+        recent = [value[at][keys - n : keys] for at, (n, keys) in zip(last, requests, strict=True)]
+        tables = tensors.key_tables, tensors.offsets, tensors.value_table
+        new = torch.cat(recent) if scheme.by_unit else None
+        places = cache, table, starts, lengths
+        attentions[name] = partial(_kv4, query, new, *places, out, *tables, scale, None, None, False)
+    return attentions, writes
+
+
+def _kv4(query: torch.Tensor, new: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+    kv4_attention.kv4_attention(query, new, *rest)
+    out: torch.Tensor = rest[4]
+    return out
+
+
+def tokens(size: int) -> str:
+    """How many tokens 4-bit caches hold in the memory of one, in the block sizes that are served."""
+    ratios = []
+    for name, block in (("nf4", BLOCK), ("axcore", kv_formats.AXCORE_BLOCK)):
+        width = kv4.Layout(block, size, kv_formats.get(name).by_unit).bytes_per_token
+        ratios.append(f"{name} {4 * size / width:.2f}")
+    return f"head size {size}: {', '.join(ratios)}"
 
 
 def check(attentions: dict[str, Callable[[], torch.Tensor]]) -> None:
     """RuntimeError where a result is far from vLLM's."""
     want = attentions["vllm"]().float()
     for name, call in attentions.items():
-        error = ((call().float() - want).norm() / want.norm()).item()
-        if not error <= TOLERANCE:
-            raise RuntimeError(f"{name} is off by {error:.2e}, allowed are {TOLERANCE:.0e}")
+        error, allowed = (
+            ((call().float() - want).norm() / want.norm()).item(),
+            TOLERANCES.get(name, TOLERANCE),
+        )
+        if not error <= allowed:
+            raise RuntimeError(f"{name} is off by {error:.2e}, allowed are {allowed:.0e}")
 
 
 def clock(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
@@ -114,16 +152,19 @@ def clock(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, 
     return {name: spread(values) for name, values in times.items()}
 
 
-def cases(seconds: float) -> Iterator[tuple[str, dict[str, list[float]]]]:
+def cases(seconds: float, only: str) -> Iterator[tuple[str, dict[str, list[float]]]]:
     """Yield the name and the timings of each comparison."""
     for dtype in (torch.bfloat16, torch.float16):
         kind = str(dtype).removeprefix("torch.")
         for model, shape in MODELS.items():
             for step, requests in STEPS.items():
+                if only not in step:
+                    continue
                 attentions, writes = calls(*shape, requests, dtype)
                 check(attentions)
                 yield f"{model} {kind}, {step}", clock(attentions, seconds)
-            yield f"{model} {kind}, write 4096 tokens", clock(writes, seconds)
+            if only in "write":
+                yield f"{model} {kind}, write 4096 tokens", clock(writes, seconds)
 
 
 def main(
@@ -132,9 +173,12 @@ def main(
     ),
     threads: Annotated[int, typer.Option(help="Threads to use.")] = 1,
     seconds: Annotated[float, typer.Option(help="Seconds for each comparison.")] = 2.0,
+    only: Annotated[str, typer.Option(help="Steps whose names have this in them, e.g. decode.")] = "",
 ) -> None:
     """Time everything, write the record, print the table."""
-    report("attention", cases(seconds), output, threads)
+    sizes = sorted({size for _, _, size in MODELS.values()})
+    note = f"tokens in the memory of one 16-bit token: {'; '.join(map(tokens, sizes))}"
+    report("attention", cases(seconds, only), output, threads, note)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 Of a quantised layer X the folder holds X.weight_packed uint8 [N, ceil(K / 2)] (byte j is the code of column
 2j, plus 16 times that of column 2j + 1), X.weight_scale fp32 [N, ceil(K / g)] and X.weight_codebook fp32
-[16]; a weight is weight_codebook[code] * weight_scale. All else is as the original model has it.
+[16]; a weight is weight_codebook[code] * weight_scale. A layer of AxCore has scales in fp16, and instead of a
+codebook X.weight_type uint8 [ceil(N / 64), K / g], the 4-bit float of each block (`luts.fpma.FP4`); a code is
+then 8 for the sign and the index of a magnitude. All else is as the original model has it.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from torch import Tensor
 
 from lutserve.errors import UserError
 from lutserve.formats import Codebook
+from lutserve.quantizers.fp4 import Fp4Weight
 from lutserve.quantizers.weight import QuantizedWeight
 from lutserve.recipe import read_json
 
-PACKED, SCALE, CODEBOOK = "weight_packed", "weight_scale", "weight_codebook"
+PACKED, SCALE, CODEBOOK, TYPE = "weight_packed", "weight_scale", "weight_codebook", "weight_type"
 #: how the folder was made, and for each layer its columns and measured errors
 REPORT = "quantization_report.json"
 
@@ -53,11 +56,14 @@ def unpack(packed: Tensor, k: int) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)[:, :k].contiguous()
 
 
-def layer_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+def layer_tensors(name: str, weight: QuantizedWeight | Fp4Weight) -> dict[str, Tensor]:
     """The three tensors that stand for a layer's weight.
 
     UserError for what the form cannot hold: zero points, and groups in another order than the columns.
     """
+    if isinstance(weight, Fp4Weight):
+        tensors = {PACKED: pack(weight.codes, 0), SCALE: weight.scales, TYPE: weight.types}
+        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
     if weight.zero_points is not None or weight.permutation is not None:
         what = "zero points" if weight.zero_points is not None else "permuted groups"
         raise UserError(f"{name} has {what}, which the checkpoint cannot hold; use scheme sym, static groups")
@@ -121,9 +127,13 @@ class Checkpoint(StoredModel):
         report = folder / REPORT
         self.report = read_json(report) if report.is_file() else {"settings": {}, "layers": {}}
 
-    def layer(self, name: str) -> QuantizedWeight:
+    def layer(self, name: str) -> QuantizedWeight | Fp4Weight:
         """The quantised weight of a layer."""
         scales = self.tensor(f"{name}.{SCALE}")
+        if f"{name}.{TYPE}" in self._files:
+            packed = self.tensor(f"{name}.{PACKED}")
+            k, group = self._columns(name, packed.shape[1], scales.shape[1])
+            return Fp4Weight(unpack(packed, k), scales, self.tensor(f"{name}.{TYPE}"), group)
         values = [float(v) for v in self.tensor(f"{name}.{CODEBOOK}")]
         # A repeated last value is padding.
         codebook = Codebook(str(self.group["method"]), tuple(dict.fromkeys(values)))
@@ -140,14 +150,15 @@ class Checkpoint(StoredModel):
         for name in self.layers:
             yield f"{name}.weight", self.weight(name)
         for name in self._files:
-            if not name.endswith((PACKED, SCALE, CODEBOOK)):
+            if not name.endswith((PACKED, SCALE, CODEBOOK, TYPE)):
                 yield name, self.tensor(name)
 
     def facts(self) -> list[LayerFacts]:
         """Size and error of each quantised layer, in the order of the model."""
         found = []
         for name in self.layers:
-            parts = [self.tensor(f"{name}.{part}") for part in (PACKED, SCALE, CODEBOOK)]
+            last = TYPE if f"{name}.{TYPE}" in self._files else CODEBOOK
+            parts = [self.tensor(f"{name}.{part}") for part in (PACKED, SCALE, last)]
             k, _ = self._columns(name, parts[0].shape[1], parts[1].shape[1])
             errors = self.report["layers"].get(name, {})
             found.append(

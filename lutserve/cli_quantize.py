@@ -28,7 +28,7 @@ def quantize(
             "--method",
             "--dtype",
             "--woq_dtype",
-            help="Weight format (`lutserve formats`), or int8, mix8, mix4, quik4.",
+            help="Weight format (`lutserve formats`), or axcore, int8, mix8, mix4, quik4.",
         ),
     ] = None,
     algo: Annotated[
@@ -38,14 +38,14 @@ def quantize(
         ),
     ] = None,
     group_size: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--group-size",
             "--group_size",
             "--woq_group_size",
-            help="Weights that share a scale; -1 for whole rows.",
+            help="Weights that share a scale; -1 for whole rows. Default: 128, AxCore 64.",
         ),
-    ] = 128,
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", "--output_dir", help="Folder to make.")
     ] = None,
@@ -54,8 +54,8 @@ def quantize(
         typer.Option(
             "--calibration",
             "--dataset",
-            help="Text for gptq, awq and smoothquant: a file (.txt, .jsonl, also .gz); c4, wikitext2 or pile "
-            "(from LUTSERVE_DATA, LUTSERVE_SHARED or the hub); a data set on the hub; or pydoc.",
+            help="Text for gptq, awq, smoothquant, axcore: a file (.txt, .jsonl, also .gz); c4, wikitext2 or "
+            "pile (from LUTSERVE_DATA, LUTSERVE_SHARED or the hub); a data set on the hub; or pydoc.",
         ),
     ] = "c4",
     samples: Annotated[
@@ -149,7 +149,7 @@ def quantize(
     settings = Settings(
         method=name,
         algo=(algo or ("gptq" if methods.get(name).offline else "rtn")).lower(),
-        group_size=group_size,
+        group_size=methods.get(name).group_size if group_size is None else group_size,
         ignore=tuple(name.strip() for name in ignore.split(",") if name.strip()),
         mse=mse,
         full_range=full_range,

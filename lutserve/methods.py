@@ -84,8 +84,13 @@ METHODS: dict[str, Method] = {
         _axcore("mpfpma-sc", "mpfpma-s with compensation"),
         _axcore("fpma", "16-bit weights, products by integer addition with compensation, in fp16"),
         _axcore("lmul", "fpma with the constant of L-Mul"),
+        Method("tender8", "tender", "Tender W8A8, an emulation for studies: plain torch", activations=8),
+        Method("tender4", "tender", "Tender W4A4, an emulation for studies: plain torch", activations=4),
     )
 }
+
+#: methods that give every block of a weight a format of its own, stored with calibrated choices if need be
+ADAPTIVE = ("axcore", "axcore-plus")
 
 #: what `--help` and errors say of the names that are not in METHODS
 FORMATS = (

@@ -78,8 +78,11 @@ class Group(BaseModel):
                 f"{self.method} is made beforehand: lutserve quantize MODEL --method {self.method} -o DIR, "
                 "then serve DIR without --method"
             )
-        if self.stored and (axcore or self.method == "llm-int8"):
+        online = axcore and self.method not in methods.ADAPTIVE
+        if self.stored and (online or self.method == "llm-int8"):
             raise ValueError(f"{self.method} quantises while it loads; there is no stored form")
+        if self.stored and self.dequant == "fpma":
+            raise ValueError("dequant fpma is for weights that are quantised while they load")
         return self
 
     @property

@@ -14,6 +14,12 @@ from lutserve import kv_formats
 from lutserve.kernels import kv4, kv4_attention
 from lutserve.layers.kv_cache import Tensors
 
+#: mean error of a format's products, in units of the last place
+COMPENSATION = {
+    torch.float16: {"e2m1": 43, "e1m2": 54},
+    torch.bfloat16: {"e2m1": 5, "e1m2": 7},
+}
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -171,7 +177,7 @@ def quantised(x, group, coding):
 
 def product(q: torch.Tensor, value: float, coding) -> float:
     """q times a value: exact, or mpFPMA's by the published integer formula."""
-    if coding.compensation is None:
+    if coding.fp4 is None:
         return q.item() * rounded(value, q.dtype)
     scale = 1 if q.dtype == torch.float16 else 8
     mantissas = 1024 // scale
@@ -180,7 +186,7 @@ def product(q: torch.Tensor, value: float, coding) -> float:
         return 0.0
     fraction, exponent = math.frexp(abs(value))
     offset = (exponent - 1) * mantissas + int((2 * fraction - 1) * mantissas)
-    pattern = bits + offset + round(coding.compensation / scale)
+    pattern = bits + offset + COMPENSATION[q.dtype][coding.fp4.name]
     return math.copysign(number(pattern, q.dtype), q.item() * value)
 
 

@@ -16,6 +16,7 @@ from test_codebook_method import _clean_reports, _one_device  # noqa: F401
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from lutserve import methods
+from lutserve.checkpoint import layer_tensors
 from lutserve.errors import UserError
 from lutserve.kernels.axcore_reference import axcore_linear, uniform
 from lutserve.luts import fpma
@@ -94,9 +95,16 @@ def test_a_strict_layer_is_the_specification(name: str, dtype: torch.dtype, dequ
     assert linear.report.kernel.startswith("axcore_strict") and linear.report.done
 
 
+@pytest.fixture(params=["lut_gemm", "axcore_fast"])
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute fast products, whatever this machine prefers."""
+    monkeypatch.setattr(axcore, "by_addition", lambda dtype: request.param == "axcore_fast")
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_fast_layer_multiplies_the_same_and_sums_in_fp32(name: str, dtype: torch.dtype) -> None:
+def test_a_fast_layer_multiplies_the_same_and_sums_in_fp32(name: str, dtype: torch.dtype, fast: str) -> None:
     layer, linear, weight, x = layer_of(name, dtype)
     snc, compensation = OPTIONS[name]
     if name.startswith("axcore"):
@@ -114,10 +122,11 @@ def test_a_fast_layer_multiplies_the_same_and_sums_in_fp32(name: str, dtype: tor
     assert out.dtype == dtype and error(out, exact) < ROUNDING[dtype] / 2
     # The products are approximate: the weight itself is further away, but not far.
     assert 10 * ROUNDING[dtype] < error(out, x.double() @ weight.double().T) < 0.25
-    assert linear.report.kernel.startswith("lut_gemm")
+    assert linear.report.kernel.startswith(fast)
 
 
-def test_formats_that_no_block_has_cost_nothing() -> None:
+@pytest.mark.parametrize("fast", ["lut_gemm"], indirect=True)
+def test_formats_that_no_block_has_cost_nothing(fast: str) -> None:
     layer, _ = build("axcore", [64], torch.bfloat16)
     weight = torch.randn(64, K, generator=torch.Generator().manual_seed(0)).bfloat16()
     layer.weight.weight_loader(layer.weight, weight)
@@ -136,7 +145,7 @@ def test_16_bit_weights(name: str, compensation: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("numerics", ["fast", "strict"])
-def test_activations_beyond_fp16_and_what_is_not_a_number(numerics: str) -> None:
+def test_activations_beyond_fp16_and_what_is_not_a_number(numerics: str, fast: str) -> None:
     layer, linear, _, x = layer_of("axcore", torch.bfloat16, numerics=numerics)
     clean = linear.apply(layer, x)
     x[1, 3], x[2, 3] = torch.nan, torch.inf
@@ -180,7 +189,32 @@ def test_recipes() -> None:
     with pytest.raises(ValueError, match="dequant fpma needs numerics strict"):
         Group(method="axcore", dequant="fpma")
     with pytest.raises(ValueError, match="no stored form"):
-        Group(method="axcore", stored=True)
+        Group(method="mpfpma", stored=True)
+    with pytest.raises(ValueError, match="quantised while they load"):
+        Group(method="axcore", stored=True, numerics="strict", dequant="fpma")
+
+
+@pytest.mark.parametrize("numerics", ["fast", "strict"])
+@pytest.mark.parametrize("name", ["axcore", "axcore-plus"])
+def test_a_stored_layer_is_the_one_rounded_while_loading(name: str, numerics: str) -> None:
+    online, linear, weight, x = layer_of(name, torch.bfloat16, numerics=numerics)
+    expected = linear.apply(online, x)
+    rounded = quantize_blocks(weight, 64, compensation=OPTIONS[name][1])  # type: ignore[arg-type]
+    layer, linear = build(name, [64, 64], torch.bfloat16, stored=True, numerics=numerics)
+    for part, tensor in layer_tensors("layer", rounded).items():
+        parameter = layer.get_parameter(part.removeprefix("layer."))
+        assert parameter.shape == tensor.shape and parameter.dtype == tensor.dtype
+        parameter.weight_loader(parameter, tensor)
+    linear.process_weights_after_loading(layer)
+    assert linear.report.done and list(layer.state_dict()) == ["weight"]
+    assert torch.equal(linear.apply(layer, x), expected)
+
+
+def test_a_stored_format_that_does_not_exist_is_refused() -> None:
+    layer, linear = build("axcore", [64], torch.bfloat16, stored=True)
+    layer.weight_type.data.fill_(3)
+    with pytest.raises(UserError, match="weight_type holds 3; 0 to 2 is allowed"):
+        linear.process_weights_after_loading(layer)
 
 
 @pytest.mark.slow

@@ -21,10 +21,14 @@ from lutserve import checkpoint, formats, recipe
 from lutserve.checkpoint import Checkpoint
 from lutserve.cli import app
 from lutserve.errors import UserError
-from lutserve.quantizers import gptq, rtn
+from lutserve.luts.fpma import FP4
+from lutserve.quantizers import fp4, gptq, rtn
+from lutserve.quantizers.axcore import axcore
+from lutserve.quantizers.block import BlockQuantizer
 from lutserve.quantizers.partial import Partial
 from lutserve.quantizers.pipeline import quantize
 from lutserve.quantizers.settings import Settings
+from lutserve.quantizers.statistics import Inputs
 
 LINEARS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 CALIBRATED = {"text": "pydoc"}
@@ -214,6 +218,51 @@ def test_a_learned_codebook_goes_with_the_folder(model, tmp_path):
     name = "model.layers.1.mlp.down_proj"
     weight = load_file(model / "model.safetensors")[f"{name}.weight"]
     assert torch.equal(Checkpoint(tmp_path / "out").weight(name), rtn(weight, codebook, 32).dequantize())
+
+
+def test_axcore_stores_the_format_of_each_block(model, tmp_path):
+    quantize(model, tmp_path / "out", settings("axcore", group_size=64), **CALIBRATED)
+    stored, original = Checkpoint(tmp_path / "out"), load_file(model / "model.safetensors")
+    kinds = set()
+    for name in stored.layers:
+        weight = original[f"{name}.weight"].float()
+        layer, types = stored.layer(name), stored.tensor(f"{name}.weight_type")
+        assert types.shape == (weight.shape[0] // 64, weight.shape[1] // 64)
+        for block in range(types.shape[0]):
+            for group in range(types.shape[1]):
+                kind = types[block, group].item()
+                kinds.add(kind)
+                part = weight[64 * block : 64 * block + 64, 64 * group : 64 * group + 64]
+                expected = fp4.quantize(part, FP4[kind].name, 64).dequantize()
+                assert torch.equal(
+                    layer.dequantize()[64 * block : 64 * block + 64, 64 * group : 64 * group + 64], expected
+                )
+        assert torch.equal(layer.dequantize(), stored.weight(name))
+    assert kinds == {1, 2}
+    card = (tmp_path / "out/README.md").read_text()
+    assert "--method axcore" in card and "Formats: E3M0, E2M1 and E1M2" in card
+    facts = stored.facts()
+    assert len(facts) == 21 and all(4.25 < layer.bits < 4.26 and layer.output_sqnr for layer in facts)
+
+
+def test_axcore_chooses_by_what_the_layer_reads():
+    """Channels that are never active do not matter, however badly a format suits them."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(64, 64, generator=generator) - 0.5
+    weight[:, 32:] *= (torch.randn(64, 32, generator=generator) * 4).exp2()
+    quantizer = BlockQuantizer(settings("axcore", group_size=64), None, print)
+    chosen = {}
+    for silent in (slice(0, 32), slice(32, 64)):
+        entry = Inputs.empty(64, rows=8)
+        for _ in range(6):
+            x = torch.randn(1, 50, 64, generator=generator)
+            x[..., silent] = 0
+            entry.add(x)
+        assert [len(rows) for rows in entry.kept] == [8] * 6
+        layer = quantizer.round("a", weight, entry).weight
+        assert torch.equal(layer.types, axcore(weight, 64, x=torch.cat(entry.kept)).types)
+        chosen[silent.start] = layer.types.item()
+    assert chosen[0] != chosen[32]
 
 
 def test_groups_with_a_tail(model, tmp_path):
@@ -432,6 +481,10 @@ def test_inspect_something_else(model):
             ["-o", "x", "--method", "nf4", "--algo", "smoothquant", "--alpha", "2"],
             "--alpha 2.0; allowed: 0 to 1",
         ),
+        (["-o", "x", "--method", "mpfpma"], "mpfpma is quantised while it is loaded.*axcore or axcore-plus"),
+        (["-o", "x", "--method", "axcore", "--algo", "gptq"], "axcore rounds to nearest.*--algo rtn alone"),
+        (["-o", "x", "--method", "axcore", "--mse"], "axcore rounds to nearest.*--algo rtn alone"),
+        (["-o", "x", "--method", "axcore", "--group-size", "12"], "--group-size 12; allowed: multiples"),
         (["-o", "x", "--method", "nf4", "--damping", "-1"], "--damping must be 0 or more"),
         (["-o", "x", "--method", "nf4", "--samples", "0"], "--samples must be 1 or more"),
         (["./nowhere", "-o", "x", "--method", "nf4"], "./nowhere"),

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from servers import SMALL, client
 
+from lutserve.checkpoint import TYPE, Checkpoint, layer_tensors
 from lutserve.cli import app
+from lutserve.quantizers.axcore import axcore
 from lutserve.server.client import Server, running_server
 
 pytestmark = pytest.mark.slow
@@ -40,3 +43,24 @@ def test_plain_vllm_serves_the_folder_as_if_quantised_online(tiny: Path, tmp_pat
         assert completions(server) == expected
     for log in ("online.log", "stored.log"):
         assert "lutserve: qkv_proj x2: method nf4" in (tmp_path / log).read_text()
+
+
+def test_plain_vllm_serves_axcore_with_stored_formats(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "axcore"
+    calibration = ["--calibration", "pydoc", "--samples", "2", "--sequence-length", "64"]
+    app(["quantize", str(tiny), "--method", "axcore", *calibration, "-o", str(folder)], standalone_mode=False)
+    # The formats that are chosen while loading, so that both ways must agree.
+    stored, original = Checkpoint(folder), load_file(tiny / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    for name in stored.layers:
+        tensors |= layer_tensors(name, axcore(original[f"{name}.weight"], 64))
+    assert any(tensors[f"{name}.{TYPE}"].unique().numel() > 1 for name in stored.layers)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    common = ["--served-model-name", "m", "--dtype", "bfloat16", "--enforce-eager", *SMALL]
+    online = ["--model", str(tiny), "--method", "axcore", *common]
+    with running_server(online, log=tmp_path / "online.log") as server:
+        expected = completions(server)
+    program = [sys.executable, "-m", "lutserve.server.vllm_cli", "serve"]
+    with running_server([str(folder), *common], log=tmp_path / "stored.log", program=program) as server:
+        assert completions(server) == expected
+    assert "lutserve: qkv_proj x2: method axcore" in (tmp_path / "stored.log").read_text()

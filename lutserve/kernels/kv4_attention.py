@@ -11,7 +11,7 @@ A key of weight e_j = 0 contributes nothing, whatever its scale. With mpFPMA pro
 of mantissas of D (1024 in fp16, 128 in bf16), is
 
     q (x) k = +-2^eps G_mu(q)
-    G_mu(q) = sign(q) D[min(n(q) + mu + C, largest)]          0 where q is 0, q where it is not finite
+    G_mu(q) = sign(q) D[min(n(q) + mu + C, largest)]          0 where q is 0, NaN where it is NaN
 
 n(q) being the pattern of |q| and D[n] the number of that pattern: one integer addition. It equals the
 published product wherever q and that are normal numbers, up to 2^15. C is the mean error over all mantissas,
@@ -28,16 +28,14 @@ from __future__ import annotations
 import torch
 
 from lutserve.kernels import attention, kv4
+from lutserve.kernels.axcore_reference import activation_maps, patterns
 from lutserve.kernels.library import define
 
 
 def class_map(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """G_mu of a float16 or bfloat16 [...]; offsets: int32 [classes], mu + C. Returns [..., classes]."""
-    bits = x.view(torch.int16).int()[..., None]
-    magnitude, top = bits & 0x7FFF, 0x7C00 if x.dtype == torch.float16 else 0x7F80
-    moved = torch.where(magnitude == 0, 0, (magnitude + offsets).clamp(max=top - 1))
-    result = (bits & 0x8000) | torch.where(magnitude < top, moved, magnitude)
-    return result.to(torch.int16).view(x.dtype)
+    maps = activation_maps(tuple(offsets.tolist()), "float16" if x.dtype == torch.float16 else "bfloat16")
+    return maps.T[patterns(x)]
 
 
 def _fake(

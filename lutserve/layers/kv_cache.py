@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lutserve.kv_formats import Scheme
+from lutserve.kv_formats import SORTED, Scheme
+from lutserve.luts import fpma_classes
+from lutserve.luts.bits import Format
 
 
 @dataclass(frozen=True)
@@ -21,20 +23,16 @@ class Tensors:
     @staticmethod
     def of(scheme: Scheme, dtype: torch.dtype) -> Tensors:
         """Return the tensors for a model of float16 or bfloat16."""
-        tables: list[tuple[float, ...]] = [scheme.keys.values]
-        offsets = None
-        if scheme.keys.compensation is not None:
-            # The patterns of bf16 have 8 times fewer mantissas than those of fp16.
-            step = 1 if dtype == torch.float16 else 8
-            constant = round(scheme.keys.compensation / step)
-            tables = [table for _, table in scheme.keys.classes]
-            offsets = torch.tensor(
-                [mu // step + constant for mu, _ in scheme.keys.classes], dtype=torch.int32
-            )
+        tables, offsets = torch.tensor([scheme.keys.values], dtype=dtype), None
+        if scheme.keys.fp4 is not None:
+            form: Format = "float16" if dtype == torch.float16 else "bfloat16"
+            classes = fpma_classes.classes([scheme.keys.fp4], dtype=form)
+            tables = torch.from_numpy(classes.codebooks[0][:, list(SORTED)]).to(dtype)
+            offsets = torch.tensor(classes.shifts, dtype=torch.int32)
         return Tensors(
             # While vLLM builds a model torch's default dtype is the model's.
             torch.tensor([scheme.keys.bounds, scheme.values.bounds], dtype=torch.float32),
-            torch.tensor(tables, dtype=dtype),
+            tables,
             offsets,
             torch.tensor(scheme.values.values, dtype=dtype),
         )

@@ -69,6 +69,25 @@ FP4 = (
 )
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """A method: formats to choose from, and the options of `products`."""
+
+    formats: tuple[Fp4, ...] = FP4
+    snc: bool = True
+    compensation: Compensation = True
+
+
+#: by the name of the method
+ARITHMETICS = {
+    "axcore": Arithmetic(),
+    "axcore-plus": Arithmetic(compensation="class"),
+    "mpfpma": Arithmetic(FP4[1:2], snc=False, compensation=False),
+    "mpfpma-s": Arithmetic(FP4[1:2], compensation=False),
+    "mpfpma-sc": Arithmetic(FP4[1:2]),
+}
+
+
 def get(name: str) -> Fp4:
     """The format called `name`; UserError otherwise."""
     for fmt in FP4:

@@ -60,6 +60,28 @@ def classes(
     return Classes(shifts, codebooks)
 
 
+def addends(
+    formats: Sequence[Fp4] = FP4,
+    snc: bool = True,
+    compensation: Compensation = True,
+    dtype: Format = "float16",
+) -> npt.NDArray[np.int32]:
+    """What each code adds to the fp32 pattern of an activation of `dtype`, int32 [T, 16].
+
+    The sum is the pattern of the product, as `maps` and codebooks have it with an exponent that never ends.
+    Zero adds -67 exponents, which leaves next to nothing.
+    """
+    unit = 1 << 23 - MANTISSA[dtype]
+    table = np.full((len(formats), 2, 8), -67 << 23, dtype=np.int64)
+    for kind, fmt in enumerate(formats):
+        for code, offset in enumerate(offsets(fmt, snc, dtype)[1:], start=1):
+            table[kind, :, code] = unit * (
+                offset + (constant(fmt, offset, compensation, dtype) if fmt.mantissa else 0)
+            )
+    table[:, 1] += 1 << 31
+    return table.reshape(-1, 16).astype(np.uint32).view(np.int32)
+
+
 def maps(shifts: Sequence[int], dtype: Format = "float16") -> U16:
     """The activation map of each class as a table, uint16 [C, 65536] of patterns of `dtype`.
 

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lutserve import methods
+from lutserve.errors import UserError
+from lutserve.luts.fpma import ARITHMETICS
 from lutserve.quantizers import awq, folding, integers
+from lutserve.quantizers.axcore import axcore
+from lutserve.quantizers.fp4 import Fp4Weight
 from lutserve.quantizers.gptq import gptq
 from lutserve.quantizers.integers import IntegerWeight
 from lutserve.quantizers.quality import sqnr
@@ -26,7 +30,7 @@ from lutserve.quantizers.weight import QuantizedWeight
 class Layer:
     """A quantised linear layer and its errors, in dB; `output` only where there was calibration."""
 
-    weight: QuantizedWeight | IntegerWeight
+    weight: QuantizedWeight | IntegerWeight | Fp4Weight
     weight_sqnr: float
     output_sqnr: float | None
 
@@ -97,11 +101,18 @@ class BlockQuantizer:
     def round(self, name: str, weight: Tensor, entry: Inputs | None) -> Layer:
         """Quantise a (folded) weight [N, K]; `entry` is what the layer reads, if there was calibration."""
         settings, hessian = self.settings, entry.hessian if entry else None
-        quantized: QuantizedWeight | IntegerWeight
+        quantized: QuantizedWeight | IntegerWeight | Fp4Weight
         if settings.integers:
             absmax, leaf = entry.absmax if entry else None, name.rpartition(".")[2]
             method = methods.get(settings.method)
             quantized = integers.quantize(method, leaf, weight, absmax, hessian, settings.damping)
+        elif settings.adaptive:
+            assert entry is not None
+            x, compensation = torch.cat(entry.kept), ARITHMETICS[settings.method].compensation
+            try:
+                quantized = axcore(weight, settings.group_size, x=x, compensation=compensation)
+            except UserError as error:
+                raise UserError(f"{name}: {error}; name it in --ignore") from None
         elif settings.algo == "gptq":
             assert hessian is not None
             quantized = gptq(

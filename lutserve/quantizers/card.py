@@ -47,13 +47,17 @@ def text(model: str, output: str, settings: Settings, calibration: str, layers: 
         layers: the report, by layer.
 
     """
+    share = "a row" if settings.group_size == -1 else f"for {settings.group_size} weights"
+    name, values = settings.method, []
     if settings.integers:
-        name, values = settings.method, []
         about = f"The linear layers of {model} as integers, one fp32 scale a row, in the layout of MixQ."
+    elif settings.adaptive:
+        form = f"4-bit floats, a format for each block of 64 rows and a group, one fp16 scale {share}"
+        about = f"The linear layers of {model} as {form}."
+        values = ["Formats: E3M0, E2M1 and E1M2, chosen by the output's error on the calibration text.", ""]
     else:
         name = settings.codebook.name
         values = ["Codebook: " + ", ".join(f"{value:.9g}" for value in settings.codebook.values) + ".", ""]
-        share = "a row" if settings.group_size == -1 else f"for {settings.group_size} weights"
         about = f"The linear layers of {model} as indices into a codebook, one fp32 scale {share}."
     bits = 8 if name in ("int8", "mix8") else 4
     measured = all("output_sqnr_db" in layer for layer in layers.values())

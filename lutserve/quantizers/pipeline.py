@@ -25,6 +25,9 @@ from lutserve.quantizers.skeleton import Skeleton, run_block
 from lutserve.quantizers.source import Source
 from lutserve.quantizers.statistics import Inputs, collect
 
+#: tokens of each calibration window that formats are chosen with
+_ROWS = 32
+
 
 @dataclass(frozen=True)
 class Step:
@@ -139,7 +142,8 @@ class _Run:
         if hidden:
             sample, sequential = hidden[0], self.settings.algo == "gptq"
             with step("calibrating", 0.4):
-                inputs = collect(block, linears, hidden, arguments, not sequential, step.sample)
+                rows = _ROWS if self.settings.adaptive else 0
+                inputs = collect(block, linears, hidden, arguments, not sequential, step.sample, rows)
             with step("choosing scales", 0.1):
                 self.quantizer.fold(block, linears, inputs, sample, arguments, self._dtypes(index, block))
         layers: dict[str, Layer] = {}

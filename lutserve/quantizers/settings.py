@@ -25,7 +25,7 @@ class Settings:
     """Everything that the result depends on beside the model and the calibration text.
 
     method: a format of at most 16 values; what follows a `+` is about activations, and only written into
-        the configuration. Or one of `mixq_layout.WRITTEN`, integers by rows.
+        the configuration. Or one of `mixq_layout.WRITTEN`, integers by rows, or of `methods.ADAPTIVE`.
     algo: rtn, gptq, awq or smoothquant; int8 takes rtn and smoothquant, quik4 gptq, mix8 and mix4 rtn.
     group_size: columns that share a scale; -1 for whole rows, which integers by rows always have.
     ignore: layers that stay in 16 bit: names, last parts of names, or `re:` and a regular expression.
@@ -52,10 +52,10 @@ class Settings:
     length: int = 512
 
     def __post_init__(self) -> None:
-        if not self.integers and methods.get(self.method).family != "codebook":
+        if not self.integers and not self.adaptive and methods.get(self.method).family != "codebook":
             raise UserError(
                 f"{self.method} is quantised while it is loaded, not before; give a 4-bit format or one of "
-                f"{', '.join(WRITTEN)}"
+                f"{', '.join((*methods.ADAPTIVE, *WRITTEN))}"
             )
         if self.algo not in ALGORITHMS:
             raise UserError(f"unknown algorithm {self.algo!r}; allowed: {', '.join(ALGORITHMS)}")
@@ -66,6 +66,10 @@ class Settings:
         if self.algo in ("gptq", "awq") and (self.mse or self.full_range):
             option = "--mse" if self.mse else "--full-range"
             raise UserError(f"{option} goes with rtn and smoothquant; {self.algo} chooses its own scales")
+        if self.adaptive and (self.algo != "rtn" or self.mse or self.full_range or self.alpha is not None):
+            raise UserError(
+                f"{self.method} rounds to nearest and chooses formats; --algo rtn alone goes with it"
+            )
         if self.full_range and not self.codebook.integer:
             raise UserError(f"--full-range is for integers; {self.codebook.name} has fixed values")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
@@ -91,6 +95,11 @@ class Settings:
         return self.method in WRITTEN
 
     @property
+    def adaptive(self) -> bool:
+        """Whether every block takes the 4-bit float that suits it best on the calibration text."""
+        return self.method in methods.ADAPTIVE
+
+    @property
     def codebook(self) -> Codebook:
         """The format of the weights, where they have one."""
         return formats.get(methods.get(self.method).format)
@@ -112,12 +121,13 @@ class Settings:
     @property
     def calibrated(self) -> bool:
         """Whether calibration text is needed."""
-        return self.algo != "rtn" or self.smoothing is not None or methods.get(self.method).outliers
+        found = self.algo != "rtn" or self.smoothing is not None or self.adaptive
+        return found or methods.get(self.method).outliers
 
     def to_json(self) -> dict[str, Any]:
         """All fields that have a say; the codebook by its values, whatever its file is called."""
         data = asdict(self) | {"ignore": list(self.ignore)}
-        if not self.integers:
+        if not self.integers and not self.adaptive:
             data["values"] = list(self.codebook.values)
         calibration = ("samples", "length")
         return {key: value for key, value in data.items() if self.calibrated or key not in calibration}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ class Inputs:
     hessian: fp32 [K, K], sum of x x^T.
     absmax, absmean: fp32 [K], largest and mean |x| (absmean is a sum until `collect` returns).
     tokens: how many.
+    kept: fp32 [some, K] of each sample, `rows` of its tokens and evenly spread (fewer if it has fewer).
     """
 
     layers: list[str]
@@ -29,11 +31,13 @@ class Inputs:
     absmax: Tensor
     absmean: Tensor
     tokens: int = 0
+    rows: int = 0
+    kept: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, k: int) -> Inputs:
-        """An entry of width k that has seen nothing."""
-        return cls([], torch.zeros(k, k), torch.zeros(k), torch.zeros(k))
+    def empty(cls, k: int, rows: int = 0) -> Inputs:
+        """An entry of width k that has seen nothing, and keeps so many rows of each sample."""
+        return cls([], torch.zeros(k, k), torch.zeros(k), torch.zeros(k), rows=rows)
 
     def add(self, x: Tensor) -> None:
         """Take in x [..., K]."""
@@ -43,6 +47,8 @@ class Inputs:
         torch.maximum(self.absmax, size.amax(0), out=self.absmax)
         self.absmean += size.sum(0)
         self.tokens += len(x)
+        if self.rows:
+            self.kept.append(x[:: -(-len(x) // self.rows)].clone())
 
     def rescale(self, scale: Tensor) -> None:
         """Follow a division of the input by `scale` [K]."""
@@ -87,9 +93,10 @@ def collect(
     arguments: dict[str, Any],
     advance: bool = False,
     progress: Callable[[], None] = lambda: None,
+    rows: int = 0,
 ) -> list[Inputs]:
-    """Run a block over the samples and sum up the inputs of its linear layers; see `record`."""
-    inputs = record(Inputs.empty, block, linears, hidden, arguments, advance, progress)
+    """Run a block over the samples and sum up the inputs of its linear layers; see `record` and `Inputs`."""
+    inputs = record(partial(Inputs.empty, rows=rows), block, linears, hidden, arguments, advance, progress)
     for entry in inputs:
         entry.absmean /= entry.tokens
     return inputs

@@ -50,6 +50,8 @@ _NAMED = {
     "int8": Precision(8, 8, SCALE_BITS),
     "llm-int8": Precision(8, 8, SCALE_BITS, outliers=_KEPT),
     "mix8": Precision(8, 8, SCALE_BITS, outliers=_KEPT),
+    "tender8": Precision(8, 8, SCALE_BITS),
+    "tender4": Precision(4, 4, SCALE_BITS),
     "fpma": Precision(16, 16),
     "lmul": Precision(16, 16),
 }

@@ -1,67 +1,19 @@
 // lutserve::axcore_strict, lutserve::fpma_linear: approximate products, summed in fp16 in the published order.
 // Schemas and meaning: kernels/axcore.py; the packed layout of the codes: kernels/lut_gemm.py.
-//
-// Sums are kept in fp32 and rounded to fp16 after every addition: fp32 holds the sum of two fp16 numbers closely
-// enough that the second rounding is as good as a single one. A tile is a few rows by 32 columns, one lane of a
-// register a column, so no sum ever meets another.
 
-#include <utility>
+#include <vector>
 
-#include "simd.h"
-#include "tensor.h"
+#include "axcore_sums.h"
 
 namespace lutserve {
 namespace {
 
-constexpr int kVectors = 2;
-constexpr int64_t kColumns = kVectors * kLanes, kOctet = 8, kOctetBytes = kColumns * kOctet / 2;
 constexpr int64_t kTile = 64;         // input columns that fpma_linear sums in fp16
-constexpr int64_t kGrain = 1 << 14;   // products a thread must have to be worth waking
-constexpr int32_t kBias = 0x3C00, kNan = 0x7FFF;
-#if defined(__AVX512F__)
-constexpr int kRows = 4;
-#else
-constexpr int kRows = 2;
-#endif
-
-using Octet = uint32_t __attribute__((vector_size(64)));   // 16 columns by 8 codes
-using Words = uint16_t __attribute__((vector_size(32)));
-
-// The sixteen products of one activation, looked up by the low four bits of each lane.
-struct Products {
-#if defined(__AVX512F__)
-  __m512 values;
-  explicit Products(const uint16_t* row) : values(widen<Half>(load(row)).v) {}
-  F32 operator()(const Octet& index) const { return F32(_mm512_permutexvar_ps(__m512i(index), values)); }
-#elif defined(__AVX2__)
-  Float16 values;
-  explicit Products(const uint16_t* row) : values(widen<Half>(load(row))) {}
-  __m256 half(__m256i index) const {
-    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 chooses the half
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(values.low, index),
-                            _mm256_permutevar8x32_ps(values.high, index), upper);
-  }
-  F32 operator()(const Octet& index) const {
-    struct Halves {
-      __m256i low, high;
-    };
-    const auto halves = cast<Halves>(index);
-    return cast<F32>(Float16{half(halves.low), half(halves.high)});
-  }
-#else
-  Float16 values;
-  explicit Products(const uint16_t* row) : values(widen<Half>(load(row))) {}
-  F32 operator()(const Octet& index) const {
-    F32 found;
-    for (int i = 0; i < kLanes; ++i) found[i] = values.lane[index[i] & 15];
-    return found;
-  }
-#endif
-};
-
-inline F32 round_to_half(const F32& x) {
-  return cast<F32>(widen<Half>(narrow<Half>(cast<Float16>(x))));
-}
+constexpr int64_t kWork = 1 << 14;    // products a thread must have to be worth waking
+constexpr int64_t kRows = 32;         // rows that one unpacking of a weight serves
+constexpr int32_t kNan = 0x7FFF;
+// As many sums as registers hold, and enough for additions not to wait for each other.
+constexpr int kStrands = kVec == 16 ? 8 : kVec == 8 ? 3 : 1;
 
 // a * b by one integer addition, for the low 15 bits of fp16 patterns; `shift` is bias - compensation.
 inline Words fpma(const Words& a, const Words& b, uint16_t shift) {
@@ -70,113 +22,155 @@ inline Words fpma(const Words& a, const Words& b, uint16_t shift) {
   return (left == 0) | (right == 0) ? Words{} : magnitude | ((a ^ b) & 0x8000);
 }
 
-struct Panel {
-  const uint8_t* codes;    // [octets][2][16][4]
-  const uint16_t* scales;  // [groups][32]
-  const uint8_t* types;    // [groups], or null: all 0
-};
-
-struct Call {
-  const uint16_t* x;  // [m][stride]
-  const uint16_t *products, *bias;
+struct Layer {
+  const uint16_t *x, *bias;  // x: [m][stride]
   uint16_t* out;
-  int64_t m, k, n, stride, group;
-  bool fpma_dequant;
+  int64_t m, k, n, stride;
+
+  int64_t panels() const { return (n + kColumns - 1) / kColumns; }
 };
 
 // A finished group: its fp16 sums times their scales, in fp16, into fp32.
-inline F32 scaled(const F32& sum, const uint16_t* scale, bool by_fpma) {
-  if (!by_fpma) return round_to_half(sum * cast<F32>(widen<Half>(load(scale))));
-  const Words bits = cast<Words>(narrow<Half>(cast<Float16>(sum)));
-  const Words number = (bits & 0x7FFF) > 0x7C00 ? Words{} + uint16_t(kNan) : bits;
-  return cast<F32>(widen<Half>(cast<Bits16>(fpma(number, cast<Words>(load(scale)), kBias))));
+inline F32 scaled(const F32& sum, const F32& scale, bool by_fpma) {
+  const Bits16 bits = narrow<Half>(cast<Float16>(sum));
+  if (!by_fpma) return round_to_half(cast<F32>(widen<Half>(bits)) * scale);
+  const Words words = cast<Words>(bits);
+  const Words number = Words((words & 0x7FFF) > kInfinity) ? Words{} + uint16_t(kNan) : words;
+  const Words factor = cast<Words>(narrow<Half>(cast<Float16>(scale)));
+  return cast<F32>(widen<Half>(cast<Bits16>(fpma(number, factor, kOne))));
 }
 
-// total[R, 32] of one panel.
-template <int R>
-void tile(const Panel& p, const Call& call, const uint16_t* x, F32* total) {
-  for (int i = 0; i < R * kVectors; ++i) total[i] = F32{};
-  const int64_t groups = call.k / call.group;
-  for (int64_t g = 0; g < groups; ++g) {
-    const uint16_t* table = call.products + (p.types ? p.types[g] : 0) * (int64_t(1) << 20);
-    F32 sum[R * kVectors] = {};
-    for (int64_t k = g * call.group; k < (g + 1) * call.group; k += kOctet) {
-      const uint8_t* at = p.codes + k / kOctet * kOctetBytes;
-      // Input column after column, which is not the order of the nibbles (see lut_gemm.ORDER).
-      for (int c = 0; c < kOctet; ++c) {
-        const int shift = 4 * (c % 2 * 4 + c / 2);
-        Octet left, right;
-        std::memcpy(&left, at, sizeof(left));
-        std::memcpy(&right, at + sizeof(left), sizeof(right));
-        left >>= shift;
-        right >>= shift;
-        for (int r = 0; r < R; ++r) {
-          const Products products(table + x[r * call.stride + k + c] * 16);
-          sum[2 * r] = round_to_half(sum[2 * r] + products(left));
-          sum[2 * r + 1] = round_to_half(sum[2 * r + 1] + products(right));
+// Rounds totals [32], adds the bias, and writes what lies inside.
+void finish(const Layer& layer, int64_t row, int64_t panel, const F32* total) {
+  for (int v = 0; v < 2; ++v) {
+    const int64_t first = panel * kColumns + v * kLanes, width = std::min(kLanes, layer.n - first);
+    if (width <= 0) break;
+    uint16_t bits[kLanes] = {};
+    F32 y = round_to_half(total[v]);
+    if (layer.bias) {
+      std::memcpy(bits, layer.bias + first, size_t(width) * sizeof(uint16_t));
+      y += cast<F32>(widen<Half>(load(bits)));
+    }
+    store(bits, narrow<Half>(cast<Float16>(y)));
+    std::memcpy(layer.out + row * layer.n + first, bits, size_t(width) * sizeof(uint16_t));
+  }
+}
+
+struct Strict : Layer {
+  const uint8_t *codes, *types;      // [panels][octets][2][16][4]; [panels][groups], or null: all 0
+  const uint16_t *scales, *products;  // [panels][groups][32], [tables][65536][16]
+  int64_t group, tables;
+  bool fpma_dequant;
+
+  int64_t groups() const { return k / group; }
+  const uint16_t* table(int64_t t) const { return products + (t << 20); }
+};
+
+// Some rows as strands need them.
+struct Prepared {
+  const Strict& layer;
+  int64_t first, rows;
+  std::vector<Addends> addends;       // [tables]
+  std::vector<int32_t> activations;   // [tables][rows][k]
+  std::vector<uint8_t> may_overflow;  // [tables][rows][groups]
+
+  Prepared(const Strict& strict, int64_t row)
+      : layer(strict), first(row), rows(std::min(kRows, strict.m - row)),
+        activations(size_t(strict.tables * rows * strict.k)),
+        may_overflow(size_t(strict.tables * rows * strict.groups())) {
+    for (int64_t t = 0; t < layer.tables; ++t) addends.emplace_back(layer.table(t));
+    const int64_t grain = std::max<int64_t>(1, kWork / (kLanes * layer.k));
+    torch::stable::parallel_for(0, layer.tables * rows, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t g = 0; g < layer.groups(); ++g) {
+          const int64_t t = i / rows;
+          may_overflow[size_t(i * layer.groups() + g)] =
+              prepare(addends[size_t(t)], layer.table(t), x(i % rows, g), layer.group,
+                      activations.data() + i * layer.k + g * layer.group);
         }
       }
+    });
+  }
+
+  const uint16_t* x(int64_t row, int64_t g) const { return layer.x + (first + row) * layer.stride + g * layer.group; }
+
+  // The strands of one panel, and its weights [group][32].
+  Strand* add(int64_t panel, int64_t g, float* weights, Strand* to) const {
+    const int64_t t = layer.types ? layer.types[panel * layer.groups() + g] : 0;
+    const uint8_t* codes = layer.codes + (panel * layer.k + g * layer.group) / kOctet * Codes::kOctetBytes;
+    float wide[kLanes];
+    std::memcpy(wide, addends[size_t(t)].wide, sizeof(wide));
+    const Codes::Table table(wide);
+    for (int64_t k = 0; k < layer.group; k += kOctet) {
+      look_up(table, codes + k / kOctet * Codes::kOctetBytes, weights + k * kColumns);
     }
-    for (int i = 0; i < R * kVectors; ++i) {
-      total[i] += scaled(sum[i], p.scales + g * kColumns + i % kVectors * kLanes, call.fpma_dequant);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = t * rows + r;
+      *to++ = {activations.data() + i * layer.k + g * layer.group, may_overflow[size_t(i * layer.groups() + g)] != 0,
+               x(r, g), layer.table(t), codes, weights};
     }
+    return to;
+  }
+};
+
+// All prepared rows times the panels from begin to end - 1.
+void multiply(const Prepared& rows, int64_t begin, int64_t end) {
+  const Strict& layer = rows.layer;
+  const int64_t panels = end - begin, count = panels * rows.rows;
+  static thread_local std::vector<float> weights;
+  weights.resize(size_t(panels * layer.group * kColumns));
+  std::vector<Strand> strands(static_cast<size_t>(count));
+  std::vector<F32> total(static_cast<size_t>(2 * count));
+  for (int64_t g = 0; g < layer.groups(); ++g) {
+    Strand* last = strands.data();
+    for (int64_t p = begin; p < end; ++p) last = rows.add(p, g, weights.data() + (p - begin) * layer.group * kColumns, last);
+    for (int64_t first = 0; first < count; first += kStrands) {
+      with_rows<kStrands>(std::min<int64_t>(kStrands, count - first), [&](auto s) {
+        constexpr int S = decltype(s)::value;
+        const Strand* some = strands.data() + first;
+        alignas(64) float sums[S * kColumns];
+        const bool may = std::any_of(some, some + S, [](const Strand& strand) { return strand.may_overflow; });
+        constexpr auto kAll = std::make_index_sequence<S>{};
+        may ? sum_up<true>(some, layer.group, sums, kAll) : sum_up<false>(some, layer.group, sums, kAll);
+        for (int64_t i = 0; i < 2 * S; ++i) {
+          const int64_t panel = begin + (first + i / 2) / rows.rows;
+          const uint16_t* scale = layer.scales + (panel * layer.groups() + g) * kColumns + i % 2 * kLanes;
+          total[size_t(2 * first + i)] += scaled(load_f32(sums + i * kLanes), cast<F32>(widen<Half>(load(scale))),
+                                                 layer.fpma_dequant);
+        }
+      });
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    finish(layer, rows.first + i % rows.rows, begin + i / rows.rows, total.data() + 2 * i);
   }
 }
 
-// The same for a weight of fp16 patterns, [k][32], and no scales.
-template <int R>
-void uniform_tile(const uint16_t* weight, const Call& call, uint16_t shift, const uint16_t* x, F32* total) {
-  for (int i = 0; i < R * kVectors; ++i) total[i] = F32{};
-  for (int64_t begin = 0; begin < call.k; begin += kTile) {
-    F32 sum[R * kVectors] = {};
-    for (int64_t k = begin; k < std::min(call.k, begin + kTile); ++k) {
-      for (int i = 0; i < R * kVectors; ++i) {
-        const Words a = Words{} + x[i / kVectors * call.stride + k];
-        const auto b = cast<Words>(load(weight + k * kColumns + i % kVectors * kLanes));
-        sum[i] = round_to_half(sum[i] + cast<F32>(widen<Half>(cast<Bits16>(fpma(a, b, shift)))));
-      }
-    }
-    for (int i = 0; i < R * kVectors; ++i) total[i] += sum[i];
+void run(const Strict& layer) {
+  for (int64_t first = 0; first < layer.m; first += kRows) {
+    const Prepared rows(layer, first);
+    // With few rows, strands of several panels.
+    const int64_t wide = rows.rows < kStrands ? kStrands : 1, blocks = (layer.panels() + wide - 1) / wide;
+    const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, wide * kColumns * layer.k * rows.rows));
+    torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) multiply(rows, b * wide, std::min((b + 1) * wide, layer.panels()));
+    });
   }
 }
 
-// Rounds totals, adds the bias, and writes what lies inside.
-void finish(const Call& call, int64_t row, int64_t rows, int64_t column, const F32* total) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t first = column + v * kLanes, width = std::min(kLanes, call.n - first);
-      if (width <= 0) break;
-      uint16_t bits[kLanes] = {};
-      F32 y = round_to_half(total[r * kVectors + v]);
-      if (call.bias) {
-        std::memcpy(bits, call.bias + first, size_t(width) * sizeof(uint16_t));
-        y += cast<F32>(widen<Half>(load(bits)));
+// The sums of one row and one panel of a weight of fp16 patterns, [k][32], without scales.
+void uniform_row(const uint16_t* weight, const Layer& layer, uint16_t shift, const uint16_t* x, F32* total) {
+  for (int64_t begin = 0; begin < layer.k; begin += kTile) {
+    F32 sum[2] = {};
+    for (int64_t k = begin; k < std::min(layer.k, begin + kTile); ++k) {
+      const Words a = Words{} + x[k];
+      for (int v = 0; v < 2; ++v) {
+        const auto b = cast<Words>(load(weight + k * kColumns + v * kLanes));
+        sum[v] = round_to_half(sum[v] + cast<F32>(widen<Half>(cast<Bits16>(fpma(a, b, shift)))));
       }
-      store(bits, narrow<Half>(cast<Float16>(y)));
-      std::memcpy(call.out + (row + r) * call.n + first, bits, size_t(width) * sizeof(uint16_t));
     }
+    for (int v = 0; v < 2; ++v) total[v] += sum[v];
   }
-}
-
-// Calls run(panel, rows as a constant, first row, totals) for every tile, panels in parallel.
-template <class Run>
-void over_tiles(const Call& call, const Run& run) {
-  const int64_t panels = (call.n + kColumns - 1) / kColumns;
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, kColumns * call.k * call.m));
-  torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-    F32 total[kRows * kVectors];
-    for (int64_t p = begin; p < end; ++p) {
-      int64_t row = 0;
-      for (; row + kRows <= call.m; row += kRows) {
-        run(p, std::integral_constant<int, kRows>(), row, total);
-        finish(call, row, kRows, p * kColumns, total);
-      }
-      for (; row < call.m; ++row) {
-        run(p, std::integral_constant<int, 1>(), row, total);
-        finish(call, row, 1, p * kColumns, total);
-      }
-    }
-  });
 }
 
 bool is(const Tensor& t, ScalarType type, int64_t count) {
@@ -196,7 +190,7 @@ Tensor axcore_strict(const Tensor& x, const Tensor& packed, const Tensor& scales
   STD_TORCH_CHECK(group_size > 0 && group_size % kOctet == 0 && k % group_size == 0,
                   "axcore_strict: group_size must be a multiple of 8 that divides K");
   const int64_t panels = (n + kColumns - 1) / kColumns, groups = k / group_size, tables = products.size(0);
-  STD_TORCH_CHECK(is(packed, ScalarType::Byte, panels * k / kOctet * kOctetBytes) &&
+  STD_TORCH_CHECK(is(packed, ScalarType::Byte, panels * k / kOctet * Codes::kOctetBytes) &&
                       is(scales, ScalarType::Half, panels * groups * kColumns) &&
                       is(products, ScalarType::Half, tables << 20) &&
                       (types ? is(*types, ScalarType::Byte, panels * groups) : tables == 1) &&
@@ -204,15 +198,11 @@ Tensor axcore_strict(const Tensor& x, const Tensor& packed, const Tensor& scales
                   "axcore_strict: tensors do not fit each other; see lutserve/kernels/axcore.py");
   const Rows rows = rows_of(x);
   const Tensor out = empty({m, n}, ScalarType::Half);
-  const Call call{halves(rows.tensor), halves(products), bias ? halves(*bias) : nullptr,
-                  static_cast<uint16_t*>(out.mutable_data_ptr()), m, k, n, rows.stride, group_size, fpma_dequant};
-  const auto* codes = static_cast<const uint8_t*>(packed.const_data_ptr());
-  const auto* kinds = types ? static_cast<const uint8_t*>(types->const_data_ptr()) : nullptr;
-  over_tiles(call, [&](int64_t p, auto count, int64_t row, F32* total) {
-    const Panel panel{codes + p * (k / kOctet) * kOctetBytes, halves(scales) + p * groups * kColumns,
-                      kinds ? kinds + p * groups : nullptr};
-    tile<count>(panel, call, call.x + row * call.stride, total);
-  });
+  run({{halves(rows.tensor), bias ? halves(*bias) : nullptr, static_cast<uint16_t*>(out.mutable_data_ptr()), m, k, n,
+        rows.stride},
+       static_cast<const uint8_t*>(packed.const_data_ptr()),
+       types ? static_cast<const uint8_t*>(types->const_data_ptr()) : nullptr, halves(scales), halves(products),
+       group_size, tables, fpma_dequant});
   return out;
 }
 
@@ -220,16 +210,23 @@ Tensor fpma_linear(const Tensor& x, const Tensor& weight, int64_t compensation, 
                    const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half && x.dim() == 2, "fpma_linear: x must be float16 [M, K]");
   const int64_t m = x.size(0), k = x.size(1), panels = (n + kColumns - 1) / kColumns;
-  STD_TORCH_CHECK(is(weight, ScalarType::Half, panels * k * kColumns) && compensation >= 0 && compensation <= kBias &&
+  STD_TORCH_CHECK(is(weight, ScalarType::Half, panels * k * kColumns) && compensation >= 0 && compensation <= kOne &&
                       (!bias || is(*bias, ScalarType::Half, n)),
                   "fpma_linear: tensors do not fit each other; see lutserve/kernels/axcore.py");
   const Rows rows = rows_of(x);
   const Tensor out = empty({m, n}, ScalarType::Half);
-  const Call call{halves(rows.tensor), nullptr, bias ? halves(*bias) : nullptr,
-                  static_cast<uint16_t*>(out.mutable_data_ptr()), m, k, n, rows.stride, kTile, false};
-  const auto shift = uint16_t(kBias - compensation);
-  over_tiles(call, [&](int64_t p, auto count, int64_t row, F32* total) {
-    uniform_tile<count>(halves(weight) + p * k * kColumns, call, shift, call.x + row * call.stride, total);
+  const Layer layer{halves(rows.tensor), bias ? halves(*bias) : nullptr,
+                  static_cast<uint16_t*>(out.mutable_data_ptr()), m, k, n, rows.stride};
+  const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, kColumns * k * m));
+  torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      for (int64_t row = 0; row < m; ++row) {
+        F32 total[2] = {};
+        uniform_row(halves(weight) + p * k * kColumns, layer, uint16_t(kOne - compensation), layer.x + row * layer.stride,
+                    total);
+        finish(layer, row, p, total);
+      }
+    }
   });
   return out;
 }

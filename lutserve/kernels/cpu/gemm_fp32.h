@@ -5,7 +5,8 @@
 // the registers passes over it. Sums are scaled, once or more a group, and added to the panel's totals.
 //
 // A Source has kOctetBytes (32 columns by 8 rows, packed), a Table that is made of a codebook (or of nothing),
-// and `each(table, octet, vector, use)`, which calls use(row, weights) for the octet's rows, in any order.
+// `each(table, octet, vector, use)`, which calls use(row, weights) for the octet's rows, in any order, `word(x)`,
+// what an activation becomes, and `add_product(w, x, sum)`.
 #pragma once
 
 #include "gemm_panels.h"
@@ -63,16 +64,16 @@ inline void add_scaled(float* total, Vec sum, const float* column_scale, const f
   store_vec(total, column_scale ? multiply_add(sum, load_vec(column_scale), old) : sum + old);
 }
 
-// total[R, 2 vectors of 32 columns] += x[steps, R] * w[steps, 32].
+// total[R, 2 vectors of 32 columns] += x[steps, R] * w[steps, 32], products as the source has them.
 // The folds unroll before the compiler decides what lives in registers; a loop would leave the sums in memory.
-template <int R, size_t... I>
+template <class Source, int R, size_t... I>
 __attribute__((noinline)) void micro_tile(const float* x, const float* w, int64_t steps, const float* column_scales,
                                           const float* row_scales, float* total, std::index_sequence<I...>) {
   Vec sum[R * 2] = {};
 #pragma GCC unroll 4
   for (int64_t i = 0; i < steps; ++i) {
     const Vec left = load_vec(w), right = load_vec(w + kVec);
-    ((sum[I] = multiply_add(I % 2 ? right : left, spread_vec(x[I / 2]), sum[I])), ...);
+    ((sum[I] = Source::add_product(I % 2 ? right : left, spread_vec(x[I / 2]), sum[I])), ...);
     x += R;
     w += kColumns;
   }
@@ -81,6 +82,12 @@ __attribute__((noinline)) void micro_tile(const float* x, const float* w, int64_
    ...);
 }
 
+// What a Source derives from where products are exact.
+struct ExactProducts {
+  static float word(float x) { return x; }
+  static Vec add_product(Vec w, Vec x, Vec sum) { return multiply_add(w, x, sum); }
+};
+
 template <class Source>
 struct InFloat {
   static constexpr int kRows = kTileRows, kSteps = 8;
@@ -88,7 +95,7 @@ struct InFloat {
   using Word = float;
   using Table = typename Source::Table;
 
-  static Word word(const float* x, int64_t step) { return x[step]; }
+  static Word word(const float* x, int64_t step) { return Source::word(x[step]); }
 
   static void multiply_panel(const Panel& panel, const Activations<InFloat>& a, const Shape& shape, const float* books, float* total) {
     for (int64_t g = 0; g < shape.groups; ++g) {
@@ -129,7 +136,7 @@ struct InFloat {
       with_rows<kTileRows>(a.rows(t), [&](auto rows) {
         const Tile<InFloat> tile = a.tile(t);
         for (int64_t column = 0; column < kColumns; column += 2 * kVec) {
-          micro_tile<rows>(tile.words + at * rows, block + column, octets * kOctet, scales ? scales + column : nullptr,
+          micro_tile<Source, rows>(tile.words + at * rows, block + column, octets * kOctet, scales ? scales + column : nullptr,
                            tile.scales ? tile.scales + group * rows : nullptr,
                            total + a.start(t) * kColumns + column, std::make_index_sequence<rows * 2>{});
         }
@@ -165,7 +172,7 @@ struct InFloat {
     const auto one = [&](int v) __attribute__((always_inline)) {
       Source::each(table, octet, first + v, [&](int row, Vec w) __attribute__((always_inline)) {
         Vec* to = sum + ((row % kChains) * int(sizeof...(V)) + v) * R;
-        ((to[I] = multiply_add(w, spread_vec(x[row * R + I]), to[I])), ...);
+        ((to[I] = Source::add_product(w, spread_vec(x[row * R + I]), to[I])), ...);
       });
     };
     (one(V), ...);

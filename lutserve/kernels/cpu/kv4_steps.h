@@ -61,7 +61,7 @@ struct Kv4Attention : Attention<P> {
         const int sign = row[d] & 0x8000, magnitude = row[d] & 0x7FFF;
         for (int64_t c = 0; c < p.classes; ++c) {
           const int moved = magnitude ? std::min(magnitude + p.offsets[c], kInfinity - 1) : 0;
-          mapped[d * p.classes + c] = uint16_t(sign | (magnitude < kInfinity ? moved : magnitude));
+          mapped[d * p.classes + c] = uint16_t(sign | (magnitude <= kInfinity ? moved : magnitude));
         }
       }
       for (int64_t i = 0; i < p.size * p.classes; i += kLanes) P::pack(q + r * p.size * p.classes + i, load(mapped + i));

@@ -8,7 +8,7 @@ namespace {
 
 // Panels of 16-bit values as a source of fp32 weights.
 template <class T>
-struct Values {
+struct Values : ExactProducts {
   static constexpr int64_t kOctetBytes = kColumns * kOctet * sizeof(uint16_t);
   struct Table {
     explicit Table(const float*) {}
