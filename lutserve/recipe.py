@@ -133,8 +133,26 @@ class Recipe(BaseModel):
     count_saturations: bool = False
     #: "exact" (16 bit), "axcore", or a 4-bit format
     kv_cache_scheme: str = kv_formats.EXACT
+    #: "reference": the published evaluation of AxCore's cache, fake-quantised and approximate; for studies
+    kv_numerics: Literal["served", "reference"] = "served"
     #: who multiplies the layers that stay 16 bit: "auto" is our kernel where vLLM's is slow
     linear16: Literal["auto", "vllm"] = "auto"
+
+    @model_validator(mode="after")
+    def _published_scheme(self) -> Recipe:
+        if self.kv_numerics == "reference":
+            if self.kv_cache_scheme != kv_formats.AXCORE:
+                raise ValueError("kv_numerics reference needs kv_cache_scheme axcore")
+            if any(self.may_use(site) for site in ("softmax_exp", "softmax_recip")):
+                raise ValueError(
+                    "kv_numerics reference has an exact softmax; leave softmax sites out of luts"
+                )
+        return self
+
+    @property
+    def packs_cache(self) -> bool:
+        """Whether the KV cache really holds 4 bits a value."""
+        return self.kv_cache_scheme != kv_formats.EXACT and self.kv_numerics == "served"
 
     @field_validator("ignore")
     @classmethod

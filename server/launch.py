@@ -84,7 +84,7 @@ def arguments(model: str, path: str, served: Recipe, ours: bool, flags: Sequence
         argv += ["--served-model-name", model]
     if ours:
         argv += ["--quantization", "lutserve"]
-    if served.kv_cache_scheme != kv_formats.EXACT:
+    if served.packs_cache:
         argv += cache_flags(served.kv_cache_scheme, flags)
     if not given(flags, "--shutdown-timeout"):
         argv += ["--shutdown-timeout", "30"]

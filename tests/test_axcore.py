@@ -75,7 +75,7 @@ def outputs() -> list[str]:
             for wild in (False, True):
                 arguments = make(m, k, n, group, typed, wild, seed)
                 weight = make(n, k, 1, k, False, wild, seed + 1)[0]
-                uniform = (arguments[0], axcore.pack_uniform(weight), 58, n, arguments[-1])
+                uniform = (arguments[0], axcore.pack_uniform(weight), 58, 64, n, arguments[-1])
                 for out in (axcore.axcore_strict(*arguments), axcore.fpma_linear(*uniform)):
                     assert out.shape == (m, n)
                     found.append(hashlib.sha256(words(out).numpy().tobytes()).hexdigest()[:16])
@@ -171,7 +171,7 @@ def test_uniform_products_by_scalar_arithmetic() -> None:
     library.load()
     x, weight = make(2, 72, 3, 8, False, True)[0], make(3, 72, 3, 8, False, False)[0]
     x = torch.where(words(x) & 0x7FFF < 0x6000, x, 1)
-    found = axcore.fpma_linear(x, axcore.pack_uniform(weight), 58, 3, None)
+    found = axcore.fpma_linear(x, axcore.pack_uniform(weight), 58, 64, 3, None)
     for i in range(2):
         for j in range(3):
             total = np.float32(0)

@@ -98,7 +98,7 @@ def pack_uniform(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _uniform_fake(
-    x: torch.Tensor, weight: torch.Tensor, compensation: int, n: int, bias: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, compensation: int, tile: int, n: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     torch._check(
         x.dtype == torch.float16 and x.dim() == 2,
@@ -108,6 +108,7 @@ def _uniform_fake(
         weight.dtype == torch.float16
         and weight.shape == (-(-n // COLUMNS), x.shape[1], COLUMNS)
         and 0 <= compensation <= _MOST
+        and tile > 0
         and (bias is None or (bias.shape == (n,) and bias.dtype == torch.float16)),
         lambda: "fpma_linear: tensors do not fit each other; see its documentation",
     )
@@ -115,19 +116,20 @@ def _uniform_fake(
 
 
 def _uniform_reference(
-    x: torch.Tensor, weight: torch.Tensor, compensation: int, n: int, bias: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, compensation: int, tile: int, n: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    _uniform_fake(x, weight, compensation, n, bias)
-    return axcore_reference.uniform(x, weight.transpose(1, 2).flatten(0, 1)[:n], compensation, bias)
+    _uniform_fake(x, weight, compensation, tile, n, bias)
+    return axcore_reference.uniform(x, weight.transpose(1, 2).flatten(0, 1)[:n], compensation, bias, tile)
 
 
 fpma_linear = define(
-    "fpma_linear(Tensor x, Tensor weight, int compensation, int n, Tensor? bias) -> Tensor",
+    "fpma_linear(Tensor x, Tensor weight, int compensation, int tile, int n, Tensor? bias) -> Tensor",
     _uniform_reference,
     _uniform_fake,
 )
 """Return `axcore_reference.uniform` of a packed weight, fp16 [M, N].
 
-x: fp16 [M, K]. weight: fp16, see `pack_uniform`. compensation: 0 to 0x3C00. bias: fp16 [n] or None.
+x: fp16 [M, K]. weight: fp16, see `pack_uniform`. compensation: 0 to 0x3C00. tile: columns that are summed
+in fp16, `axcore_reference.TILE` as published. bias: fp16 [n] or None.
 All contiguous but x. RuntimeError if the arguments are not so. Infinities and NaN are patterns like others.
 """

@@ -84,13 +84,17 @@ def strict(
 
 
 def uniform(
-    x: torch.Tensor, weight: torch.Tensor, compensation: int, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    compensation: int,
+    bias: torch.Tensor | None = None,
+    tile: int = TILE,
 ) -> torch.Tensor:
     """FPMA of fp16 x [M, K] and weight [N, K], summed as in `strict` by tiles without scales; fp16 [M, N]."""
     total = x.new_zeros((len(x), len(weight)), dtype=torch.float32)
-    for begin in range(0, x.shape[1], TILE):
+    for begin in range(0, x.shape[1], tile):
         sums = torch.zeros_like(total, dtype=torch.float16)
-        for column in range(begin, min(begin + TILE, x.shape[1])):
+        for column in range(begin, min(begin + tile, x.shape[1])):
             sums = multiply(x[:, column, None], weight[:, column], compensation) + sums
         total += sums.float()
     return total.half() if bias is None else total.half() + bias

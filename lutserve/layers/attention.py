@@ -62,7 +62,11 @@ class LutAttentionBackend(CPUAttentionBackend):
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
         """Return the class that computes."""
         recipe = current_recipe() if is_building() else None
-        if recipe is not None and recipe.kv_cache_scheme != kv_formats.EXACT:
+        if recipe is not None and recipe.kv_numerics == "reference":
+            from lutserve.layers.kv_reference import ReferenceAttentionImpl
+
+            return ReferenceAttentionImpl
+        if recipe is not None and recipe.packs_cache:
             return Kv4AttentionImpl
         return LutAttentionImpl if wanted() else CPUAttentionBackendImpl
 

@@ -27,7 +27,7 @@ from lutserve.compat import (
 )
 from lutserve.errors import UserError
 from lutserve.kernels import activation, axcore, axcore_fast, isa, library, lut_gemm
-from lutserve.kernels.axcore_reference import BLOCK, activation_maps, product_tables
+from lutserve.kernels.axcore_reference import BLOCK, TILE, activation_maps, product_tables
 from lutserve.kernels.pages import in_huge_pages
 from lutserve.luts import fpma, fpma_classes
 from lutserve.luts.bits import Format
@@ -152,6 +152,8 @@ class AxcoreLinearMethod(_Loading):
         if not self.group.stored:
             return super().process_weights_after_loading(layer)
         codes, scales, types = (layer.get_parameter(name).data for name in (PACKED, SCALE, TYPE))
+        self.device = codes.device
+        codes, scales, types = codes.cpu(), scales.cpu(), types.cpu()
         for name in (PACKED, SCALE, TYPE):
             delattr(layer, name)
         if types.max() >= len(fpma.FP4):
@@ -192,7 +194,7 @@ class AxcoreLinearMethod(_Loading):
             buffers["types"] = places.to(torch.uint8)
         dtype: Format = "float16" if self.dtype == torch.float16 else "bfloat16"
         buffers["scales"] = lut_gemm.pack_scales(rounded.scales)
-        if by_addition(dtype):
+        if self.device.type == "cpu" and by_addition(dtype):
             self.report.kernel = f"axcore_fast {library.backend_for('axcore_fast')}"
             return buffers | {"addends": torch.from_numpy(fpma_classes.addends(formats, *options, dtype))}
         self.report.kernel = f"lut_gemm {library.backend_for('lut_gemm')}"
@@ -241,7 +243,7 @@ class UniformLinearMethod(_Loading):
         flat = _to_half(x.reshape(-1, x.shape[-1]))
         half = None if bias is None else _to_half(bias)
         out: torch.Tensor = axcore.fpma_linear(
-            flat, layer.axcore_weight, UNIFORM[self.method.name], self.n, half
+            flat, layer.axcore_weight, UNIFORM[self.method.name], TILE, self.n, half
         )
         return out.to(x.dtype).view(*x.shape[:-1], self.n)
 

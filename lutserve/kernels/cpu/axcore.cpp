@@ -8,7 +8,6 @@
 namespace lutserve {
 namespace {
 
-constexpr int64_t kTile = 64;         // input columns that fpma_linear sums in fp16
 constexpr int64_t kWork = 1 << 14;    // products a thread must have to be worth waking
 constexpr int64_t kRows = 32;         // rows that one unpacking of a weight serves
 constexpr int32_t kNan = 0x7FFF;
@@ -159,10 +158,11 @@ void run(const Strict& layer) {
 }
 
 // The sums of one row and one panel of a weight of fp16 patterns, [k][32], without scales.
-void uniform_row(const uint16_t* weight, const Layer& layer, uint16_t shift, const uint16_t* x, F32* total) {
-  for (int64_t begin = 0; begin < layer.k; begin += kTile) {
+void uniform_row(const uint16_t* weight, const Layer& layer, uint16_t shift, int64_t tile, const uint16_t* x,
+                 F32* total) {
+  for (int64_t begin = 0; begin < layer.k; begin += tile) {
     F32 sum[2] = {};
-    for (int64_t k = begin; k < std::min(layer.k, begin + kTile); ++k) {
+    for (int64_t k = begin; k < std::min(layer.k, begin + tile); ++k) {
       const Words a = Words{} + x[k];
       for (int v = 0; v < 2; ++v) {
         const auto b = cast<Words>(load(weight + k * kColumns + v * kLanes));
@@ -206,11 +206,11 @@ Tensor axcore_strict(const Tensor& x, const Tensor& packed, const Tensor& scales
   return out;
 }
 
-Tensor fpma_linear(const Tensor& x, const Tensor& weight, int64_t compensation, int64_t n,
+Tensor fpma_linear(const Tensor& x, const Tensor& weight, int64_t compensation, int64_t tile, int64_t n,
                    const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half && x.dim() == 2, "fpma_linear: x must be float16 [M, K]");
   const int64_t m = x.size(0), k = x.size(1), panels = (n + kColumns - 1) / kColumns;
-  STD_TORCH_CHECK(is(weight, ScalarType::Half, panels * k * kColumns) && compensation >= 0 && compensation <= kOne &&
+  STD_TORCH_CHECK(is(weight, ScalarType::Half, panels * k * kColumns) && compensation >= 0 && compensation <= kOne && tile > 0 &&
                       (!bias || is(*bias, ScalarType::Half, n)),
                   "fpma_linear: tensors do not fit each other; see lutserve/kernels/axcore.py");
   const Rows rows = rows_of(x);
@@ -222,8 +222,8 @@ Tensor fpma_linear(const Tensor& x, const Tensor& weight, int64_t compensation, 
     for (int64_t p = begin; p < end; ++p) {
       for (int64_t row = 0; row < m; ++row) {
         F32 total[2] = {};
-        uniform_row(halves(weight) + p * k * kColumns, layer, uint16_t(kOne - compensation), layer.x + row * layer.stride,
-                    total);
+        uniform_row(halves(weight) + p * k * kColumns, layer, uint16_t(kOne - compensation), tile,
+                    layer.x + row * layer.stride, total);
         finish(layer, row, p, total);
       }
     }
