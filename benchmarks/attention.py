@@ -94,7 +94,11 @@ def calls(
         return out
 
     nli = luts.lut_table("softmax_exp", "nli-4", torch.float16)
-    attentions = {"vllm": vllm, "nli-4": partial(lut, nli), "exact": partial(lut, None)}
+    attentions: dict[str, Callable[[], torch.Tensor]] = {
+        "vllm": vllm,
+        "nli-4": partial(lut, nli),
+        "exact": partial(lut, None),
+    }
     for name in TOLERANCES:
         scheme = kv_formats.get(name.removeprefix("kv "))
         tensors = Tensors.of(scheme, dtype)

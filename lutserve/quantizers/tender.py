@@ -43,4 +43,5 @@ def _round_chunk(x: Tensor, bits: int, groups: int) -> Tensor:
     thresholds = largest.amax() * 0.5 ** torch.arange(groups - 1, -1, -1)
     place = torch.bucketize(largest, thresholds).clamp_max(groups - 1)
     scale = thresholds[place] / (2 ** (bits - 1) - 1)
-    return torch.where(scale == 0, 0.0, centred / scale).round_() * scale + middle
+    rounded: Tensor = torch.where(scale == 0, 0.0, centred / scale).round_() * scale + middle
+    return rounded
