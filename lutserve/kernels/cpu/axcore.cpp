@@ -30,13 +30,12 @@ struct Layer {
 };
 
 // A finished group: its fp16 sums times their scales, in fp16, into fp32.
-inline F32 scaled(const F32& sum, const F32& scale, bool by_fpma) {
+inline F32 scaled(const F32& sum, const uint16_t* scale, bool by_fpma) {
   const Bits16 bits = narrow<Half>(cast<Float16>(sum));
-  if (!by_fpma) return round_to_half(cast<F32>(widen<Half>(bits)) * scale);
+  if (!by_fpma) return round_to_half(cast<F32>(widen<Half>(bits)) * cast<F32>(widen<Half>(load(scale))));
   const Words words = cast<Words>(bits);
   const Words number = Words((words & 0x7FFF) > kInfinity) ? Words{} + uint16_t(kNan) : words;
-  const Words factor = cast<Words>(narrow<Half>(cast<Float16>(scale)));
-  return cast<F32>(widen<Half>(cast<Bits16>(fpma(number, factor, kOne))));
+  return cast<F32>(widen<Half>(cast<Bits16>(fpma(number, cast<Words>(load(scale)), kOne))));
 }
 
 // Rounds totals [32], adds the bias, and writes what lies inside.
@@ -134,8 +133,7 @@ void multiply(const Prepared& rows, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < 2 * S; ++i) {
           const int64_t panel = begin + (first + i / 2) / rows.rows;
           const uint16_t* scale = layer.scales + (panel * layer.groups() + g) * kColumns + i % 2 * kLanes;
-          total[size_t(2 * first + i)] += scaled(load_f32(sums + i * kLanes), cast<F32>(widen<Half>(load(scale))),
-                                                 layer.fpma_dequant);
+          total[size_t(2 * first + i)] += scaled(load_f32(sums + i * kLanes), scale, layer.fpma_dequant);
         }
       });
     }

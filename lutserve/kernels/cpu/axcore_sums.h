@@ -96,11 +96,12 @@ inline void look_up(const Codes::Table& table, const uint8_t* octet, float* to) 
   }
 }
 
-// The products of an activation with a panel's weights in column k: to[8][32], in its row k % 8.
-__attribute__((noinline, cold)) inline void look_up_products(const Strand& strand, int64_t k, float* to) {
+// The products of an activation with a panel's weights in column k, written to a part of to[8][32].
+inline const float* look_up_products(const Strand& strand, int64_t k, float* to) {
   alignas(64) float row[kLanes];
   store_f32(row, cast<F32>(widen<Half>(load(strand.products + strand.x[k] * kLanes))));
   look_up(Codes::Table(row), strand.codes + k / kOctet * Codes::kOctetBytes, to);
+  return to + k % kOctet * kColumns;
 }
 
 // x to 11 significant bits, ties to even; below 2^-14 sums of fp16 numbers have no more.
@@ -129,23 +130,41 @@ __attribute__((always_inline)) inline void add_products(Vec* sum, const float* w
   }
 }
 
+// sums[S][32] += `count` columns of S strands whose products need no look-up. The folds unroll before the
+// compiler decides what lives in registers, and a function of its own keeps the sums there.
+template <bool kMayOverflow, size_t... S, size_t... I>
+__attribute__((noinline)) void add_columns(const int32_t* const* activations, const float* const* weights,
+                                           int64_t count, float* sums, std::index_sequence<S...>,
+                                           std::index_sequence<I...>) {
+  constexpr auto kAll = std::make_index_sequence<kPanelVectors>{};
+  const int32_t* const x[] = {activations[S]...};
+  const float* const w[] = {weights[S]...};
+  Vec sum[] = {load_vec(sums + I * kVec)...};
+  for (int64_t k = 0; k < count; ++k) {
+    (add_products<kMayOverflow>(sum + S * kPanelVectors, w[S] + k * kColumns, x[S][k], kAll), ...);
+  }
+  (store_vec(sums + I * kVec, sum[I]), ...);
+}
+
 // sums[S][32] of S strands; kMayOverflow: of one of them at least.
-// The folds unroll before the compiler decides what lives in registers; a loop would leave the sums in memory.
 template <bool kMayOverflow, size_t... S>
-void sum_up(const Strand* strands, int64_t group, float* sums, std::index_sequence<S...>) {
-  Vec sum[sizeof...(S) * kPanelVectors] = {};
-  alignas(64) float looked_up[kOctet * kColumns];
-  const auto step = [&](const Strand& strand, int64_t k, Vec* to) __attribute__((always_inline)) {
-    const int32_t activation = strand.activations[k];
-    const float* weights = strand.weights + k * kColumns;
-    if (__builtin_expect(activation == kLookUp, 0)) {
-      look_up_products(strand, k, looked_up);
-      weights = looked_up + k % kOctet * kColumns;
-    }
-    add_products<kMayOverflow>(to, weights, activation, std::make_index_sequence<kPanelVectors>{});
-  };
-  for (int64_t k = 0; k < group; ++k) (step(strands[S], k, sum + S * kPanelVectors), ...);
-  std::memcpy(sums, sum, sizeof(sum));
+void sum_up(const Strand* strands, int64_t group, float* sums, std::index_sequence<S...> all) {
+  constexpr auto kVectors = std::make_index_sequence<sizeof...(S) * kPanelVectors>{};
+  std::fill(sums, sums + sizeof...(S) * kColumns, 0.0f);
+  for (int64_t begin = 0; begin < group; ++begin) {
+    int64_t end = begin;
+    while (end < group && ((strands[S].activations[end] != kLookUp) && ...)) ++end;
+    const int32_t* activations[] = {strands[S].activations + begin...};
+    const float* weights[] = {strands[S].weights + begin * kColumns...};
+    add_columns<kMayOverflow>(activations, weights, end - begin, sums, all, kVectors);
+    if (end == group) break;
+    alignas(64) float found[sizeof...(S)][kOctet * kColumns];
+    const int32_t* last[] = {strands[S].activations + end...};
+    const float* terms[] = {*last[S] == kLookUp ? look_up_products(strands[S], end, found[S])
+                                                : strands[S].weights + end * kColumns...};
+    add_columns<kMayOverflow>(last, terms, 1, sums, all, kVectors);
+    begin = end;
+  }
 }
 
 }  // namespace lutserve
