@@ -481,7 +481,7 @@ def test_inspect_something_else(model):
             ["-o", "x", "--method", "nf4", "--algo", "smoothquant", "--alpha", "2"],
             "--alpha 2.0; allowed: 0 to 1",
         ),
-        (["-o", "x", "--method", "mpfpma"], "mpfpma is quantised while it is loaded.*axcore or axcore-plus"),
+        (["-o", "x", "--method", "mpfpma"], "mpfpma is quantised while it is loaded.*axcore, axcore-plus"),
         (["-o", "x", "--method", "axcore", "--algo", "gptq"], "axcore rounds to nearest.*--algo rtn alone"),
         (["-o", "x", "--method", "axcore", "--mse"], "axcore rounds to nearest.*--algo rtn alone"),
         (["-o", "x", "--method", "axcore", "--group-size", "12"], "--group-size 12; allowed: multiples"),
