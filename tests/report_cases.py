@@ -8,6 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
+from lutserve.quantizers.columns import Columns, save
+
 RECORDS = Path(__file__).parents[1] / "benchmarks/results"
 #: a name that must not become markup
 ODD = "m<b>&'\"</script><script>document.title='broken'</script>"
@@ -116,6 +121,13 @@ def fill(folder: Path) -> Path:
         for i in range(3)
     ]
     (folder / "layers.json").write_text(json.dumps(served))
+    inputs = [
+        Columns((f"model.layers.{i}.mlp.down_proj",), torch.tensor([1.0, 6.0, 6.5 + i]), torch.zeros(3))
+        for i in range(3)
+    ]
+    save(folder / "calibration.safetensors", inputs, {"command": "lutserve calibrate"})
+    save_file({"w": torch.zeros(1)}, folder / "other.safetensors")
+    (folder / "other.json").write_text('{"a": 1}')
     groups = {
         "a": {"targets": ["model.layers.0.self_attn.qkv_proj", "layers.2.mlp.down_proj"], "method": "mix8"},
         "b": {"targets": ["model.layers.1.mlp.down_proj"], "method": "nf4", "group_size": 64},

@@ -309,7 +309,7 @@ def test_tables_and_drawings_say_what_they_are(page: Page) -> None:
 
 
 def test_every_measured_number_has_a_record(report: Report) -> None:
-    known = {origin.id for origin in report.folder.origins}
+    known = {origin.id for origin in report.origins}
     for section in report.sections:
         for table in section.tables:
             for row in table.rows:
@@ -319,12 +319,23 @@ def test_every_measured_number_has_a_record(report: Report) -> None:
                         assert value.origin in known, (table.title, column)
 
 
+def test_what_is_not_shown_is_named(report: Report) -> None:
+    assert report.unused == ["other.json"]
+    places = [origin.place for origin in report.origins]
+    assert "other.json" not in places
+    assert {"recipe.json", "linears-zen3.json", "calibration.safetensors"} <= set(places)
+
+
 def test_sections_of_the_folder(report: Report) -> None:
     titles = {chart.title for section in report.sections for chart in section.charts}
     assert f"{PPL.task} by bits a weight, {MODELS[0]}" in titles
     for start in ("Speed against accuracy", "SQNR of the weights", "outlier columns", "Inputs of silu"):
         assert any(title.startswith(start) for title in titles), start
     assert any(title.startswith("Sensitivity by layer") for title in titles)
+    calibrated = next(t for s in report.sections for t in s.tables if t.title.endswith(".safetensors"))
+    assert [[v.text for v in row] for row in calibrated.rows] == [
+        [f"model.layers.{i}.mlp.down_proj", f"{6.5 + i:g}", "1"] for i in range(3)
+    ]
     shown = report.recipes[0]
     assert shown.map is not None
     assert [value.text for value in shown.map.rows[1]] == ["1", "none", "nf4"]
@@ -440,6 +451,10 @@ def binary(folder: Path) -> None:
     (folder / "x.json").write_bytes(b"\xff\xfe")
 
 
+def cut_off(folder: Path) -> None:
+    (folder / "x.safetensors").write_bytes(b"12345678")
+
+
 def only_records(folder: Path) -> None:
     (folder / "x.json").write_text((RECORDS / "linears-zen3.json").read_text())
 
@@ -452,6 +467,7 @@ def only_records(folder: Path) -> None:
         (not_json, "x.json is not JSON"),
         (binary, "x.json is not JSON"),
         (foreign, "has JSON files, but none that lutserve wrote"),
+        (cut_off, "x.safetensors cannot be read"),
         (damaged_line, "cells.jsonl:1 is not JSON"),
         (other_line, "cells.jsonl:1 is no cell of `lutserve eval`: cell: Field required"),
         (damaged_bench, "x.json is not as lutserve writes it (KeyError: 'agreement'); move it away"),

@@ -15,6 +15,8 @@ from pydantic import BaseModel, Field, ValidationError
 from lutserve.errors import UserError
 
 CELLS = "cells.jsonl"
+#: MixQ's threshold: an input column with any |x| beyond it is an outlier
+_OUTLIER = 6.0
 #: facts of `machine.collect` that are told once for all records that share them
 _ENVIRONMENT = ("lutserve", "git", "python", "system", "machine", "versions", "compiler", "environment")
 
@@ -115,6 +117,8 @@ class Folder:
                 found._add_cells(file)
             for file in sorted(path.rglob("*.json")):
                 found._add_record(file)
+            for file in sorted(path.rglob("*.safetensors")):
+                found._add_calibration(file)
         except OSError as error:
             raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
         if not found.cells and not found.records:
@@ -153,6 +157,30 @@ class Folder:
             facts = facts["lutserve"]
             facts = facts | facts["machine"] if "lutserve" in facts.get("machine", {}) else facts
         self.records.append(Record(file, self._name(file), data, self._origin(self._name(file), facts)))
+
+    def _add_calibration(self, file: Path) -> None:
+        """Take in a file of `lutserve calibrate` as a list of layers; other safetensors are none of ours."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="numpy") as handle:
+                if "lutserve" not in (handle.metadata() or {}):
+                    return
+        except SafetensorError as error:
+            raise UserError(f"{file} cannot be read ({error}); make it again or move it away") from None
+        # Behind the check, because it brings torch.
+        from lutserve.quantizers.columns import Calibration
+
+        found = Calibration(file)
+        rows = [
+            {
+                "layer": name,
+                "largest_input": entry.absmax.max().item(),
+                "outlier_inputs": int((entry.absmax > _OUTLIER).sum()),
+            }
+            for name, entry in found.inputs.items()
+        ]
+        self.records.append(Record(file, self._name(file), rows, self._origin(self._name(file), found.facts)))
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.path).as_posix()

@@ -15,6 +15,8 @@ _LAYER = re.compile(r"\.(\d+)\.(.+)$")
 _MEASURES = {
     "weight_sqnr_db": "SQNR of the weights, dB",
     "output_sqnr_db": "SQNR of the output, dB",
+    "largest_input": "largest |input|",
+    "outlier_inputs": "input columns with any |x| > 6",
     "outlier_columns": "outlier columns",
     "outlier_misses": "calls that found new outlier columns",
     "bits": "bits a weight",
@@ -50,15 +52,13 @@ def _tables(record: Record, before: int) -> list[Table]:
 
 
 def _rows(record: Record) -> Iterator[dict[str, Any]]:
-    """A row a layer: of `lutserve quantize`'s report, or what a server told at /lutserve/layers."""
+    """A row a layer: of `lutserve quantize`'s report, of a calibration, or of a server's /lutserve/layers."""
     data = record.data
     if isinstance(data, dict) and isinstance(data.get("layers"), dict) and "settings" in data:
         for name, facts in data["layers"].items():
             yield {"layer": name} | facts
     elif isinstance(data, list):
-        yield from (
-            row for row in data if isinstance(row, dict) and {"layer", "method", "bits"} <= row.keys()
-        )
+        yield from (row for row in data if isinstance(row, dict) and "layer" in row)
 
 
 def _lines(record: Record, rows: list[dict[str, Any]], key: str, title: str, before: int) -> Chart:

@@ -37,7 +37,7 @@ class Column:
     @property
     def title(self) -> str:
         """What a reader calls it."""
-        unit = ", %" if self.metric in _SHARES else ""
+        unit = ",\u00a0%" if self.metric in _SHARES else ""
         return f"{self.task} {self.metric}{unit}" if self.metric != "ppl" else f"{self.task}{unit}"
 
 

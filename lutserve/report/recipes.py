@@ -30,6 +30,8 @@ class Shown:
     map: Table | None
     #: the recipe itself, as JSON
     text: str
+    #: id of the record it comes from
+    origin: str
 
 
 def collect(folder: Folder) -> list[Shown]:
@@ -45,7 +47,7 @@ def collect(folder: Folder) -> list[Shown]:
         if text not in found:
             cell = names.get(record.path.resolve())
             title = cell.recipe if cell else record.name
-            found[text] = _shown(f"recipe-{len(found) + 1}", title, parsed, text)
+            found[text] = _shown(f"recipe-{len(found) + 1}", title, parsed, text, record.origin)
     return list(found.values())
 
 
@@ -62,7 +64,7 @@ def _config(record: Record) -> dict[str, Any] | None:
     return None
 
 
-def _shown(id: str, title: str, parsed: recipe.Recipe, text: str) -> Shown:
+def _shown(id: str, title: str, parsed: recipe.Recipe, text: str, origin: str) -> Shown:
     rows = [
         (word(_targets(group)), word(group.method), word(_details(group)))
         for group in parsed.config_groups.values()
@@ -78,7 +80,7 @@ def _shown(id: str, title: str, parsed: recipe.Recipe, text: str) -> Shown:
         ("layers or site", "method or table", "details"),
         tuple(rows),
     )
-    return Shown(id, title, table, _map(f"{id}-map", parsed), text)
+    return Shown(id, title, table, _map(f"{id}-map", parsed), text, origin)
 
 
 def _targets(group: recipe.Group) -> str:

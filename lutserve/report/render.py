@@ -13,7 +13,7 @@ from typing import Any
 from lutserve import __version__
 from lutserve.errors import UserError
 from lutserve.report import charts, layers, matrix, recipes, records, search, speed
-from lutserve.report.folder import Folder
+from lutserve.report.folder import Folder, Origin
 from lutserve.report.matrix import Matrix
 from lutserve.report.recipes import Shown
 from lutserve.report.values import Section, Table, Value
@@ -27,6 +27,22 @@ class Report:
     matrices: list[Matrix]
     sections: list[Section]
     recipes: list[Shown]
+
+    @property
+    def origins(self) -> list[Origin]:
+        """The records that something shown comes from."""
+        used = {recipe.origin for recipe in self.recipes}
+        for section in self.sections:
+            used |= {value.origin for table in section.tables for row in table.rows for value in row}
+            used |= {p.origin for chart in section.charts for series in chart.series for p in series.points}
+        return [origin for origin in self.folder.origins if origin.id in used]
+
+    @property
+    def unused(self) -> list[str]:
+        """The files that nothing shown comes from, but for those that belong to a cell."""
+        known = {Path(cell.results) for cell in self.folder.cells if cell.results}
+        used = {origin.id for origin in self.origins}
+        return [r.name for r in self.folder.records if r.origin not in used and r.path.resolve() not in known]
 
 
 def collect(path: Path) -> Report:
