@@ -39,7 +39,7 @@ def name_of(task: Any) -> str:
 
 def test_there_is_one_for_every_study() -> None:
     names = {file.stem for file in PRESETS}
-    assert {"fp16lut", "axcore-opt", "axcore-llama2", "students", "bit-allocation"} <= names
+    assert {"fp16lut", "axcore-opt", "axcore-llama2", "mixq", "students", "bit-allocation"} <= names
 
 
 @pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
