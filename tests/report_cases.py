@@ -79,6 +79,30 @@ def cells() -> list[dict[str, Any]]:
     return found
 
 
+#: server of the benchmark -> speed relative to the first
+SPEEDS = {"bf16": 1.0, "w8": 1.8, "four bits": 2.1, "other checkpoint": 3.0}
+
+
+def bench() -> dict[str, Any]:
+    """A record of `lutserve bench` whose servers are called otherwise than the recipes."""
+    shared = ["--max-model-len", "2048", "--model"]
+    serve = {
+        "bf16": [*shared, "llama-1b", "--method", "none", "--linear16", "vllm"],
+        "w8": [*shared, "llama-1b", "--method", "mix8"],
+        "four bits": [*shared, "llama-1b", "--method=nf4"],
+        "other checkpoint": [*shared, "llama-1b-w8a8", "--method", "none"],
+    }
+    apart = {"mean": 0.1, "largest": 0.3, "equal_tokens": 5}
+    setting = MACHINE | {"baseline": "bf16", "serve": serve, "agreement": {"w8": apart}}
+    summary = [
+        {"workload": work, "provider": name, "median": 10 * ratio, "min": 9 * ratio, "max": 11 * ratio}
+        | {"ratio": ratio, "ratio_min": 0.9 * ratio, "ratio_max": 1.1 * ratio}
+        for work in ("decode-1", "prefill")
+        for name, ratio in SPEEDS.items()
+    ]
+    return {"lutserve": setting, "summary": summary, "runs": []}
+
+
 def write_cells(folder: Path, lines: list[dict[str, Any]]) -> Path:
     """Write cells.jsonl."""
     file = folder / "cells.jsonl"
@@ -92,7 +116,6 @@ def fill(folder: Path) -> Path:
     for name in (
         "accuracy-smollm2",
         "attention-zen4",
-        "bench-decode-1b-zen3",
         "linears-zen3",
         "memory-llama-4-layers",
         "ranges-smollm2",
@@ -127,6 +150,7 @@ def fill(folder: Path) -> Path:
     ]
     save(folder / "calibration.safetensors", inputs, {"command": "lutserve calibrate"})
     save_file({"w": torch.zeros(1)}, folder / "other.safetensors")
+    (folder / "bench.json").write_text(json.dumps(bench()))
     (folder / "other.json").write_text('{"a": 1}')
     groups = {
         "a": {"targets": ["model.layers.0.self_attn.qkv_proj", "layers.2.mlp.down_proj"], "method": "mix8"},

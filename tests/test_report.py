@@ -18,7 +18,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_cases import MODELS, ODD, PUBLISHED, RECIPES, RECORDS, VALUES, cell, cells, fill, write_cells
+from report_cases import (
+    MODELS,
+    ODD,
+    PUBLISHED,
+    RECIPES,
+    RECORDS,
+    SPEEDS,
+    VALUES,
+    cell,
+    cells,
+    fill,
+    write_cells,
+)
 
 from lutserve.errors import UserError
 from lutserve.report import matrix, speed
@@ -148,16 +160,15 @@ def test_arithmetic_of_flags(flags: list[str], same: list[str]) -> None:
 
 
 def test_speed_meets_accuracy_by_arithmetic_not_by_name(report: Report) -> None:
-    """The record calls its servers bf16, mix8, nf4; the cells exact, mix8, nf4."""
     chart = next(c for s in report.sections for c in s.charts if c.id == "tradeoff-1")
-    bench = json.loads((RECORDS / "bench-decode-1b-zen3.json").read_text())
-    ratio = {row["provider"]: row["ratio"] for row in bench["summary"]}
     points = {(s.name, p.name.split(":")[0]): (p.x, p.y) for s in chart.series for p in s.points}
-    assert points[MODELS[0], "bf16"] == (1.0, 100.0)
     study = report.matrices[0]
-    recovery = study.mean_recovery((MODELS[0], "nf4"))
-    assert recovery is not None
-    assert points[MODELS[0], "nf4"] == (ratio["nf4"], pytest.approx(100 * recovery))
+    for server, recipe in (("bf16", "exact"), ("w8", "mix8"), ("four bits", "nf4")):
+        recovery = study.mean_recovery((MODELS[0], recipe))
+        assert recovery is not None
+        assert points[MODELS[0], server] == (SPEEDS[server], pytest.approx(100 * recovery))
+    assert "other checkpoint" not in {server for _, server in points}
+    assert len([c for s in report.sections for c in s.charts if c.id.startswith("tradeoff")]) == 2
 
 
 def test_distinct_flags() -> None:
@@ -401,21 +412,29 @@ def test_markdown_tables_are_even(report: Report) -> None:
 # The command
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is read without torch."""
+    folder = tmp_path_factory.mktemp("small")
+    write_cells(folder, cells())
+    return folder
+
+
 def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lutserve.cli", "report", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.html", "<!DOCTYPE"), ("a.md", "# "), ("a.csv", "preset,")])
-def test_the_name_tells_the_format(folder: Path, tmp_path: Path, name: str, start: str) -> None:
-    done = run(folder, "-o", tmp_path / name)
+def test_the_name_tells_the_format(small: Path, tmp_path: Path, name: str, start: str) -> None:
+    done = run(small, "-o", tmp_path / name)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / name).read_text().startswith(start)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_the_format_wins_over_the_name(folder: Path, tmp_path: Path) -> None:
-    assert run(folder, "-o", tmp_path / "page", "--format", "md").returncode == 0
+def test_the_format_wins_over_the_name(small: Path, tmp_path: Path) -> None:
+    assert run(small, "-o", tmp_path / "page", "--format", "md").returncode == 0
     assert (tmp_path / "page").read_text().startswith("# ")
 
 
@@ -483,12 +502,12 @@ def test_bad_folders(make: Callable[[Path], None], message: str, tmp_path: Path)
         collect(folder)
 
 
-def test_bad_input_is_one_line(folder: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(small: Path, tmp_path: Path) -> None:
     only_records(tmp_path)
     for args, message in (
-        ((folder, "-o", "a.pdf"), "--output a.pdf; allowed formats: html, md, csv"),
-        ((folder, "--format", "xml"), "--format xml; allowed formats: html, md, csv"),
-        ((folder, "-o", tmp_path / "none/a.html"), "cannot write"),
+        ((small, "-o", "a.pdf"), "--output a.pdf; allowed formats: html, md, csv"),
+        ((small, "--format", "xml"), "--format xml; allowed formats: html, md, csv"),
+        ((small, "-o", tmp_path / "none/a.html"), "cannot write"),
         ((tmp_path, "-o", tmp_path / "a.csv"), "has no accuracies, which is what csv is for"),
     ):
         done = run(*args)

@@ -99,7 +99,7 @@ def test_filtering(page: api.Page) -> None:
     shown = page.locator(f"{table} tbody tr:visible").count()
     assert shown == sum(word in text for text in texts)
     assert 0 < shown < rows
-    status = page.locator(".filter", has=box).get_by_role("status")
+    status = page.locator(f".filter:has([aria-controls={table[1:]}]) output")
     assert status.inner_text() == f"{shown} of {rows} rows"
     box.fill("no row has this")
     assert page.locator(f"{table} tbody tr:visible").count() == 0
