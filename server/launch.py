@@ -177,9 +177,10 @@ def check_model(config: Mapping[str, Any], served: Recipe, flags: Sequence[str])
 
 def check_int4(config: Mapping[str, Any]) -> None:
     """UserError for a 4-bit folder of other tools where vLLM's build for this CPU has no kernel for it."""
-    kind = (config.get("quantization_config") or {}).get("quant_method")
-    flags = isa.cpu_flags()
-    if kind in ("awq", "gptq") and on_cpu() and flags and "avx512f" not in flags:
+    stored = config.get("quantization_config") or {}
+    kind, flags = stored.get("quant_method"), isa.cpu_flags()
+    packed = kind in ("awq", "gptq") or stored.get("format") == "pack-quantized"
+    if packed and on_cpu() and flags and "avx512f" not in flags:
         raise UserError(
             f"the model is quantised by {kind}, whose kernels vLLM has for CPUs with AVX512 only; serve the "
             "16-bit model with --method int4"

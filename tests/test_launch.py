@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lutserve.errors import UserError
-from lutserve.recipe import Recipe, from_flags
+from lutserve.recipe import Recipe, from_flags, parse
 from lutserve.server import defaults, launch
 
 GIB = 2**30
@@ -53,6 +53,39 @@ def test_every_default_yields_to_a_flag(monkeypatch: pytest.MonkeyPatch) -> None
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in defaults.cpu_environment(["-tp", "2"])
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
     assert "--kv-cache-memory-bytes" not in defaults.cpu_flags([])
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"quant_method": "awq"},
+        {"quant_method": "gptq"},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    ],
+)
+def test_4_bit_folders_of_others_need_a_cpu_with_their_kernels(
+    monkeypatch: pytest.MonkeyPatch, stored: dict[str, str]
+) -> None:
+    monkeypatch.setattr(launch, "on_cpu", lambda: True)
+    config = {"quantization_config": stored}
+    for flags, served in ((("avx512f", "avx2"), True), ((), True), (("avx2",), False)):
+        monkeypatch.setattr(launch.isa, "cpu_flags", lambda flags=flags: frozenset(flags))
+        if served:
+            launch.check_int4(config)
+        else:
+            with pytest.raises(UserError, match="whose kernels vLLM has for CPUs with AVX512 only"):
+                launch.check_int4(config)
+        launch.check_int4({"quantization_config": {"quant_method": "compressed-tensors"}})
+        launch.check_int4({})
+
+
+def test_weights_that_are_quantised_already_stay_so() -> None:
+    stored = parse({"config_groups": {"default": {"method": "mix8", "stored": True}}})
+    launch.check_stored(stored, stored, "/m")
+    launch.check_stored(None, from_flags(method="mix8"), "/m")
+    for served in (from_flags(method="mix8"), from_flags(method="none")):
+        with pytest.raises(UserError, match="/m holds weights quantised to mix8; serve it without --method"):
+            launch.check_stored(stored, served, "/m")
 
 
 def test_tensor_parallel_workers_share_the_cores_of_a_small_machine() -> None:
