@@ -124,6 +124,39 @@ def test_one_more_column_never_costs_accuracy(chosen: list[int], name: str) -> N
     assert layer(chosen) <= layer(chosen[1:]) * 1.15 + 2e-3
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    st.dictionaries(st.integers(0, K - 1), st.floats(30, 3000), max_size=6),
+    st.sampled_from(sorted(PACKS)),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+    st.integers(0, 99),
+)
+def test_after_learning_a_layer_is_one_that_always_knew(
+    large: dict[int, float], name: str, dtype: torch.dtype, seed: int
+) -> None:
+    weight, x = (tensor.to(dtype) for tensor in case(seed, large=large))
+    kernel = MixqKernel(weight, True, None, False, PACKS[name])
+    out = kernel(x)
+    fresh = MixqKernel(weight, True, None, False, PACKS[name])
+    fresh.slots.hold(kernel.slots.columns)
+    assert torch.equal(fresh(x), out) and torch.equal(kernel(x), out)
+    assert kernel.slots.count <= len(large)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(sorted(PACKS)))
+def test_no_finite_row_makes_a_nan(seed: int, name: str) -> None:
+    """Any finite fp16 patterns: what overflows is infinite, and x stays as it is."""
+    weight = case()[0].half()
+    patterns = np.random.default_rng(seed).integers(0, 65536, (5, K), dtype=np.uint16).view(np.int16)
+    x = torch.from_numpy(patterns).view(torch.float16)
+    x[~x.isfinite()] = 65504.0
+    x[1] *= 2.0**-14
+    before = x.clone()
+    out = MixqKernel(weight, True, gains(5, 77), False, PACKS[name])(x)
+    assert not out.isnan().any() and torch.equal(x, before)
+
+
 @pytest.mark.parametrize("name", PACKS)
 def test_the_order_of_places_and_empty_ones_do_not_matter(name: str) -> None:
     weight, x = case(large={5: 40.0, 77: 80.0})
