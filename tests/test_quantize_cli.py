@@ -462,7 +462,6 @@ def test_inspect_something_else(model):
         ([], "say where to write: -o DIR"),
         (["-o", "x"], "say into which format: --method NAME"),
         (["-o", "x", "--method", "nf5"], "unknown method 'nf5'"),
-        (["-o", "x", "--method", "axcore"], "axcore is quantised while it is loaded"),
         (["-o", "x", "--method", "llm-int8"], "llm-int8 is quantised while it is loaded"),
         (["-o", "x", "--method", "int"], "--method int needs --bits"),
         (["-o", "x", "--method", "nf4", "--bits", "3"], "--bits 3: nf4 has 4 bits"),
