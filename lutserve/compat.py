@@ -26,6 +26,7 @@ from vllm.model_executor.layers.activation import (
     QuickGELU,
     SiluAndMul,
 )
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -55,13 +56,21 @@ from vllm.model_executor.parameter import (
     ModelWeightParameter,
     PackedvLLMParameter,
 )
-from vllm.v1.attention.backend import AttentionMetadataBuilder, AttentionType
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    AttentionType,
+    MultipleOf,
+)
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from lutserve.recipe import Recipe, parse
@@ -69,7 +78,10 @@ from lutserve.recipe import Recipe, parse
 __all__ = [
     "GELU",
     "QUANTIZATION_METHODS",
+    "Attention",
+    "AttentionBackend",
     "AttentionBackendEnum",
+    "AttentionCGSupport",
     "AttentionMetadataBuilder",
     "AttentionType",
     "BasevLLMParameter",
@@ -84,11 +96,13 @@ __all__ = [
     "GeluAndMul",
     "GemmaRMSNorm",
     "GroupQuantScaleParameter",
+    "KVCacheLayout",
     "LayerNorm",
     "LinearBase",
     "LinearMethodBase",
     "MoEActivation",
     "ModelWeightParameter",
+    "MultipleOf",
     "NewGELU",
     "PackedvLLMParameter",
     "ParallelLMHead",
@@ -104,9 +118,11 @@ __all__ = [
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
     "current_model",
+    "current_platform",
     "current_recipe",
     "get_current_vllm_config",
     "get_model",
+    "graph_rows",
     "in_dummy_run",
     "init_distributed_environment",
     "init_logger",
@@ -154,3 +170,10 @@ def is_building() -> bool:
 def in_dummy_run() -> bool:
     """Whether vLLM is profiling or warming up with made-up activations, which must teach us nothing."""
     return not is_forward_context_available() or get_forward_context().attn_metadata is None
+
+
+def graph_rows() -> int:
+    """Most tokens of a step that vLLM replays from a CUDA graph; 0 where it captures none."""
+    config = get_current_vllm_config()
+    captures = current_platform.is_cuda() and config.compilation_config.max_cudagraph_capture_size
+    return int(captures or 0)

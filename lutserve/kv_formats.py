@@ -13,6 +13,10 @@ from lutserve.formats import TABLE, Codebook
 from lutserve.luts import fpma
 from lutserve.luts.fpma import Fp4
 
+#: the `--kv-cache-dtype` of vLLM that makes it allocate bytes, however they are used
+CACHE_DTYPE = "int4_per_token_head"
+#: the `--attention-backend` of vLLM on CUDA that is ours
+ATTENTION_BACKEND = "LUTSERVE"
 EXACT = "exact"
 AXCORE = "axcore"
 #: codes of a 4-bit float in the order of their values

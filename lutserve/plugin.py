@@ -12,11 +12,12 @@ def register() -> None:
     before any configuration is known: it only registers, every decision is taken later from the recipe.
     """
     # Imported here because `import lutserve` must work where vLLM is not installed.
-    from lutserve.layers import activation, attention, norm
+    from lutserve.layers import activation, attention, cuda_attention, norm
     from lutserve.quant_methods import config
 
     activation.register()
     attention.register()
+    cuda_attention.register()
     norm.register()
     config.register()
     logging.getLogger("vllm.model_executor.models.utils").addFilter(say_once)

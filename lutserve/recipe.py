@@ -227,6 +227,12 @@ class Recipe(BaseModel):
         matching = (s for target, s in self.luts.items() if any(_matches(target, name) for name in names))
         return next(matching, "exact")
 
+    @property
+    def attends(self) -> bool:
+        """Whether some layer's attention is ours: tables or a 16-bit sum in the softmax, or a 4-bit cache."""
+        tables = self.may_use("softmax_exp") or self.may_use("softmax_recip")
+        return tables or self.softmax_sum == "float16" or self.kv_cache_scheme != kv_formats.EXACT
+
     def may_use(self, site: Site) -> bool:
         """Whether any target could give the site a table other than "exact" in some layer."""
         return any(spec != "exact" and site in _sites_of(target) for target, spec in self.luts.items())

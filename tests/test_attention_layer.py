@@ -18,7 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from lutserve import luts, plugin
+from lutserve import kv_formats, luts, plugin
 from lutserve.layers import attention, saturation
 from lutserve.layers.sites import REPORTS
 
@@ -128,9 +128,9 @@ def test_a_four_bit_cache(building, scheme, content, monkeypatch):
 
     monkeypatch.setattr(attention.LutAttentionBackend, "scheme", None)
     spec = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.uint8)
-    good = GOOD | {"kv_cache_dtype": attention.CACHE_DTYPE}
+    good = GOOD | {"kv_cache_dtype": kv_formats.CACHE_DTYPE}
     backend = attention.LutAttentionBackend
-    with building(Recipe(kv_cache_scheme=scheme), kv_cache_dtype=attention.CACHE_DTYPE):
+    with building(Recipe(kv_cache_scheme=scheme), kv_cache_dtype=kv_formats.CACHE_DTYPE):
         assert backend.get_impl_cls() is attention.Kv4AttentionImpl
         assert backend.get_builder_cls() is attention.LutMetadataBuilder
         for changes, message in (

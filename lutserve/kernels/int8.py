@@ -89,3 +89,60 @@ None, all float16 or all bfloat16, which is the result's dtype. S may be 0. All 
 The int8 sums are exact for all codes, -128 included (`quantize_rows` makes none); the rest is fp32 in any
 order. RuntimeError if the arguments are not so.
 """
+
+
+def _rows_fake(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    side: torch.Tensor,
+    outliers: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    (m, k), (slots, n) = codes.shape, outliers.shape
+    torch._check(k <= MOST_COLUMNS, lambda: f"int8_linear_rows: K must be at most {MOST_COLUMNS}, not {k}")
+    torch._check(
+        outliers.dtype in (torch.float16, torch.bfloat16)
+        and side.dtype == outliers.dtype
+        and (bias is None or bias.dtype == outliers.dtype),
+        lambda: "int8_linear_rows: side, outliers and bias must be all float16 or all bfloat16",
+    )
+    torch._check(
+        codes.dtype == weight.dtype == torch.int8
+        and weight.shape == (n, k)
+        and scales.numel() == m
+        and weight_scales.numel() == n
+        and side.shape == (m, slots)
+        and (bias is None or bias.shape == (n,)),
+        lambda: "int8_linear_rows: tensors do not fit each other; see its documentation",
+    )
+    return codes.new_empty((m, n), dtype=outliers.dtype)
+
+
+def _rows_reference(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    side: torch.Tensor,
+    outliers: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    _rows_fake(codes, scales, weight, weight_scales, side, outliers, bias)
+    # float64 holds these sums exactly
+    sums = (codes.double() @ weight.double().t()).float()
+    y = sums * (scales.view(-1, 1) * weight_scales.view(1, -1)) + side.float() @ outliers.float()
+    return (y if bias is None else y + bias.float()).to(outliers.dtype)
+
+
+linear_rows = define(
+    "int8_linear_rows(Tensor codes, Tensor scales, Tensor weight, Tensor weight_scales, Tensor side, "
+    "Tensor outliers, Tensor? bias) -> Tensor",
+    _rows_reference,
+    _rows_fake,
+)
+"""`int8_linear` over a weight that lies by rows, as GPUs read it: int8 [N, K] with weight_scales float32 [N].
+
+The other arguments, the result and the errors are those of `int8_linear`.
+"""

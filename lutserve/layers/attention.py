@@ -1,9 +1,10 @@
-"""vLLM's attention on CPUs with tables in its softmax or 4 bits in its cache (`kernels.attention`, `kv4`).
+"""vLLM's attention with tables in its softmax or 4 bits in its cache (`kernels.attention`, `kv4`).
 
 vLLM's platform for CPUs always takes the backend CPU_ATTN, so ours takes that name and decides from the
 recipe while the model is built: vLLM's own classes where cache and every softmax are exact, ours for all
 layers where one is not. All layers, because those that share a cache must write it in one layout, and
 builder and implementation must fit; a layer whose sites are exact then computes the exact rule of our kernel.
+On CUDA the same implementations serve under a name of their own (`layers.cuda_attention`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from lutserve import kv_formats, luts
 from lutserve.compat import (
     AttentionBackendEnum,
+    AttentionCGSupport,
     AttentionMetadataBuilder,
     AttentionType,
     CPUAttentionBackend,
@@ -37,19 +39,10 @@ from lutserve.recipe import Recipe, Site
 logger = init_logger("vllm.lutserve")
 
 
-#: the `--kv-cache-dtype` of vLLM that makes it allocate bytes, however they are used
-CACHE_DTYPE = "int4_per_token_head"
-
-
 def wanted() -> bool:
     """Whether the model being built needs our attention in some layer."""
     recipe = current_recipe() if is_building() else None
-    return recipe is not None and (
-        recipe.may_use("softmax_exp")
-        or recipe.may_use("softmax_recip")
-        or recipe.softmax_sum == "float16"
-        or recipe.kv_cache_scheme != kv_formats.EXACT
-    )
+    return recipe is not None and recipe.attends
 
 
 class LutAttentionBackend(CPUAttentionBackend):
@@ -101,6 +94,9 @@ class LutMetadata:
 class LutMetadataBuilder(AttentionMetadataBuilder[LutMetadata]):
     """Takes over what vLLM's model runner has prepared; our kernel plans for itself."""
 
+    #: launches depend on shapes alone, so a CUDA graph can hold any step
+    _cudagraph_support = AttentionCGSupport.ALWAYS
+
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
@@ -117,6 +113,12 @@ class LutMetadataBuilder(AttentionMetadataBuilder[LutMetadata]):
                 "use --lut-sites without softmax, and --kv exact"
             )
         return LutMetadata(m.block_table_tensor, m.query_start_loc, m.seq_lens, m.slot_mapping)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> LutMetadata:
+        """Return the metadata of a step that is captured, not computed: one key a request is enough."""
+        metadata = self.build(0, common_attn_metadata)
+        metadata.lengths.fill_(1)
+        return metadata
 
 
 class LutAttentionImpl(CPUAttentionBackendImpl):
@@ -169,7 +171,7 @@ class LutAttentionImpl(CPUAttentionBackendImpl):
         """Attend from query [tokens, heads, head size] to the cache; fills and returns output, so shaped."""
         # In the warm-up run, before any request: what is wrong with a table shows at the start.
         if self.tables is None:
-            self.tables = load_tables(self.recipe, layer.layer_name)
+            self.tables = load_tables(self.recipe, layer.layer_name, query.device)
             self.counter = saturation.COUNTERS.get((layer.layer_name, "softmax_exp"))
         if attn_metadata is None:
             return output
@@ -246,8 +248,9 @@ class Kv4AttentionImpl(LutAttentionImpl):
         by_unit = self.recipe.kv_cache_scheme == kv_formats.AXCORE
         block, step = vllm_config.cache_config.block_size, kv4.UNIT if by_unit else attention.GROUP
         reasons = {
-            f"a {self.kv_cache_dtype} cache (pass --kv-cache-dtype {CACHE_DTYPE})": self.kv_cache_dtype
-            != CACHE_DTYPE,
+            f"a {self.kv_cache_dtype} cache (pass --kv-cache-dtype {kv_formats.CACHE_DTYPE})": (
+                self.kv_cache_dtype != kv_formats.CACHE_DTYPE
+            ),
             "a sliding window": self.sliding_window > 0,
             "layers that share a cache": self.kv_sharing_target_layer_name is not None,
             f"--block-size {block} (multiples of {step} are served)": block % step != 0,
@@ -302,7 +305,9 @@ class Kv4AttentionImpl(LutAttentionImpl):
             kv4.keep_tail(value, cache, step.slots)
 
 
-def load_tables(recipe: Recipe, module: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def load_tables(
+    recipe: Recipe, module: str, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the fp16 tables [65536] of exp and reciprocal in an attention layer, None where exact.
 
     Reports them, and makes the counter of exp's saturations where the recipe asks for it.
@@ -316,7 +321,7 @@ def load_tables(recipe: Recipe, module: str) -> tuple[torch.Tensor | None, torch
         if spec == "exact":
             found.append(None)
             continue
-        found.append(luts.lut_table(function, spec, torch.float16))
+        found.append(luts.lut_table(function, spec, torch.float16).to(device))
         identity = luts.table_id(function, spec, torch.float16)
         REPORTS[module, site] = SiteReport(site, module, function, spec, identity)
         if recipe.count_saturations:

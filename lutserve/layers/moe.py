@@ -44,6 +44,10 @@ class LutFusedMoEMethod(UnquantizedFusedMoEMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Keep the weights as they are loaded where a table is used; else pack them for vLLM's kernel."""
         if hasattr(self, "table_site") and self.table_site.resolve(layer.layer_name):
+            if not layer.w13_weight.is_cpu:
+                raise UserError(
+                    f"{layer.layer_name}: tables in experts need a CPU; use --lut exact for silu and gelu"
+                )
             if layer.expert_map is not None:
                 raise UserError(f"{layer.layer_name}: expert parallelism works only with --lut exact")
             return

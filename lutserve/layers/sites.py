@@ -74,6 +74,8 @@ class TableSite(nn.Module):
         super().__init__()
         self.site, self.function, self.use = site, function, use
         self.dtype = dtype or torch.get_default_dtype()
+        # While vLLM builds a model torch's default device is the model's.
+        self.device = torch.get_default_device()
         self.recipe = current_recipe()
         self.module = ""
         self.counter = None
@@ -94,11 +96,14 @@ class TableSite(nn.Module):
 
     def _attach(self, spec: str) -> None:
         library.load()
-        self.register_buffer("table", luts.lut_table(self.function, spec, self.dtype), persistent=False)
+        table = luts.lut_table(self.function, spec, self.dtype).to(self.device)
+        self.register_buffer("table", table, persistent=False)
         identity = luts.table_id(self.function, spec, self.dtype)
         REPORTS[self.module, self.site] = SiteReport(self.site, self.module, self.function, spec, identity)
         if self.recipe and self.recipe.count_saturations:
             self.counter = saturation.counter(self.module, self.site, self.function, spec)
+            if self.counter is not None:
+                self.counter.to(self.device)
 
 
 class _Resolve(QuantizeMethodBase):

@@ -48,15 +48,15 @@ class W4A8:
         self, x: torch.Tensor, prepared: mixq.Prepared, slots: OutlierSlots, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return x @ W^T + bias, [M, N], for x [M, K]."""
-        out = self._multiply(without(x, slots.columns), bias, True)
-        if slots.count:
+        out = self._multiply(slots.rest(x), bias, True)
+        if len(slots.index):
             mixq.add_outliers(out, prepared[2], slots.weight)
         return out
 
     def columns(self, columns: torch.Tensor) -> torch.Tensor:
         """Return W[:, columns] transposed, [S, N]: code * scale, rounded once to the model's dtype."""
-        onehot = torch.zeros((len(columns), self.k), dtype=self.dtype)
-        onehot[torch.arange(len(columns)), columns] = 1
+        onehot = torch.zeros((len(columns), self.k), dtype=self.dtype, device=columns.device)
+        onehot.scatter_(1, columns[:, None], 1)
         return self._multiply(onehot, None, False)
 
     def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None, quantize: bool) -> torch.Tensor:
@@ -84,7 +84,7 @@ class W4A4:
         self, x: torch.Tensor, prepared: mixq.Prepared, slots: OutlierSlots, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return x @ W^T + bias, [M, N], for x [M, K]."""
-        codes, scales = quantize_rows(without(x, slots.columns), levels=7)
+        codes, scales = quantize_rows(slots.rest(x), levels=7)
         # Integers below 2^24, so exact in fp32.
         out = codes.float() @ self.codes.float().t() * (scales[:, None] * self.scales)
         out += prepared[2].float() @ slots.weight.float()

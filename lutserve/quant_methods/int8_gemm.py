@@ -111,6 +111,44 @@ class OnednnGemm:
         return self._multiply(onehot, torch.ones(len(columns), 1, dtype=torch.float32), None)
 
 
+class CutlassGemm:
+    """vLLM's CUTLASS GEMM for CUDA, and cuBLAS for the outlier columns; for few rows `int8_linear_rows`."""
+
+    #: rows up to which one launch wins over two GEMMs
+    FEW = 64
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
+        """Take codes int8 [N, K] with scales float32 [N] as they are."""
+        self.weight, self.scales, self.dtype = codes.contiguous(), scales[:, None].contiguous(), dtype
+        # CUTLASS has int8 up to Hopper.
+        self.cutlass = torch.cuda.get_device_capability(codes.device)[0] < 10
+        ours = f"int8 {library.backend_for('int8_linear_rows')}"
+        self.name = f"{ours}, cutlass + cublas above {self.FEW} rows" if self.cutlass else ours
+
+    def __call__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        side: torch.Tensor,
+        outliers: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See Int8Gemm."""
+        if len(codes) <= self.FEW or not self.cutlass:
+            fused: torch.Tensor = int8.linear_rows(
+                codes, scales, self.weight, self.scales, side, outliers, bias
+            )
+            return fused
+        out: torch.Tensor = vllm_ops.cutlass_scaled_mm(
+            codes, self.weight.t(), scales, self.scales, self.dtype, bias
+        )
+        return out.addmm_(side, outliers) if len(outliers) else out
+
+    def columns(self, columns: torch.Tensor) -> torch.Tensor:
+        """See Int8Gemm."""
+        return (self.weight[:, columns] * self.scales).t().to(self.dtype)
+
+
 def choose(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Int8Gemm:
     """Pack a weight, int8 [N, K] with scales float32 [N], for the fastest exact int8 GEMM of this machine.
 
@@ -121,6 +159,8 @@ def choose(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Int
             f"int8 and mix8 take at most {int8.MOST_COLUMNS} input columns, this layer has {k}; "
             "choose another method for it"
         )
+    if codes.is_cuda:
+        return CutlassGemm(codes, scales, dtype)
     # Ours has no AMX tiles, which win; and on a CPU with VNNI but without BF16 ours is compiled without VNNI.
     better = onednn_is_exact() and library.backend_for("int8_linear") != "cpu/avx512_bf16"
     return (OnednnGemm if better else FusedGemm)(codes, scales, dtype)

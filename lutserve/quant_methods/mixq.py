@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lutserve.compat import LinearMethodBase, current_model, in_dummy_run
+from lutserve.compat import LinearMethodBase, current_model, graph_rows, in_dummy_run
 from lutserve.errors import UserError
 from lutserve.kernels import library, mixq
 from lutserve.kernels.mixq_reference import SIGMA
@@ -72,7 +72,9 @@ class W8A8:
 class PackedLinear:
     """One packed linear layer: quantised inputs, an integer GEMM, and the outlier columns in 16 bit."""
 
-    def __init__(self, gemm: Gemm, slots: OutlierSlots, n: int, outliers: bool, learning: bool) -> None:
+    def __init__(
+        self, gemm: Gemm, slots: OutlierSlots, n: int, outliers: bool, learning: bool, graph_rows: int = 0
+    ) -> None:
         """Put the parts together.
 
         Args:
@@ -81,10 +83,11 @@ class PackedLinear:
             n: output columns.
             outliers: whether there are outlier columns.
             learning: whether there may be others than `slots` has now.
+            graph_rows: rows of the longest input that a CUDA graph replays, from which nothing is learnt.
 
         """
         self.gemm, self.slots, self.n = gemm, slots, n
-        self.outliers, self.learning = outliers, learning
+        self.outliers, self.learning, self.graph_rows = outliers, learning, graph_rows
         # An input that is prepared already, and what it was prepared to.
         self.ahead: tuple[torch.Tensor, mixq.Prepared] | None = None
 
@@ -104,8 +107,9 @@ class PackedLinear:
 
         ahead, self.ahead = self.ahead, None
         prepared = ahead[1] if ahead and ahead[0] is x else prepare()
-        # One scalar tells whether any row has an unknown outlier; there is no device to wait for.
-        missed = self.outliers and prepared[-1].item() > THRESHOLD and not in_dummy_run()
+        # One scalar tells whether any row has an unknown outlier. A GPU is waited for only where that pays.
+        looks = self.outliers and (self.learning or x.is_cpu) and len(x) > self.graph_rows
+        missed = looks and not in_dummy_run() and prepared[-1].item() > THRESHOLD
         if missed and slots.wants() and self.learning:
             prepared = slots.learn(x, prepared, prepare)
         return self.gemm(x, prepared, slots, bias)
@@ -121,6 +125,7 @@ class MixqKernel(PackedLinear):
         gain: torch.Tensor | None = None,
         static: bool = False,
         pack: Callable[[torch.Tensor, torch.Tensor], Gemm] = W8A8.rounded,
+        graph_rows: int = 0,
     ) -> None:
         """Quantise and pack a weight.
 
@@ -130,16 +135,17 @@ class MixqKernel(PackedLinear):
             gain: calibrated, fp32 [K], see `lutserve.quantizers.columns`.
             static: whether the calibrated columns are all there will ever be.
             pack: makes the GEMM from the weight and the columns that it need not hold.
+            graph_rows: see `PackedLinear`.
 
         """
         n, k = weight.shape
         # Calibrated columns are kept as the checkpoint has them, those found later as the GEMM has them.
-        slots = OutlierSlots(k, lambda columns: weight[:, columns].t())
+        slots = OutlierSlots(k, lambda columns: weight[:, columns].t(), graph_rows > 0, weight.device)
         if gain is not None:
             slots.seed(gain)
-        gemm = pack(weight, slots.columns if static else torch.empty(0, dtype=torch.int64))
+        gemm = pack(weight, slots.columns if static else slots.columns[:0])
         slots.weight_rows = gemm.columns
-        super().__init__(gemm, slots, n, outliers, not static)
+        super().__init__(gemm, slots, n, outliers, not static, graph_rows)
 
 
 class LlmInt8Kernel(MixqKernel):
@@ -205,6 +211,11 @@ class MixqLinearMethod(PackedMethod):
     ) -> None:
         self.method, self.group, self.report = method, group, report
         self.calibration = calibration
+        self.graph_rows = graph_rows()
+        if self.graph_rows and method.name == "llm-int8":
+            raise UserError(
+                "llm-int8 chooses columns in every call, which no CUDA graph can hold; add --enforce-eager"
+            )
 
     def create_weights(
         self,
@@ -231,11 +242,13 @@ class MixqLinearMethod(PackedMethod):
             gain = self.calibration.gain(report.prefix, report.parts, self.input_size)
             # Where the input is split between devices this one has its share of the columns.
             k = weight.shape[1]
-            gain = gain.narrow(0, k * rank if k < self.input_size else 0, k)
+            gain = gain.narrow(0, k * rank if k < self.input_size else 0, k).to(weight.device)
         static = self.method.outliers and self.group.outliers == "static"
         try:
             kind = LlmInt8Kernel if self.method.name == "llm-int8" else MixqKernel
-            kernel = kind(weight, self.method.outliers, gain, static, self._pack)
+            # What is made on the way is made where the weight is.
+            with weight.device:
+                kernel = kind(weight, self.method.outliers, gain, static, self._pack, self.graph_rows)
         except UserError as error:
             raise UserError(f"{report.prefix}: {error}") from None
         install(report, kernel, weight.shape[1])

@@ -31,13 +31,18 @@ def capacity(k: int) -> int:
     return min(k, max(64, min(128, k // 16)))
 
 
-def places(k: int, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `index` and `keep` of an OutlierSlots of width k for the columns int64 [S]."""
-    mask = torch.ones(-(-k // 32) * 32, dtype=torch.int64)
+def places(k: int, columns: torch.Tensor, least: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `index`, of at least `least` places, and `keep` of an OutlierSlots of width k.
+
+    columns: int64 [S], on whose device the results are.
+    """
+    device = columns.device
+    mask = torch.ones(-(-k // 32) * 32, dtype=torch.int64, device=device)
     mask[columns] = 0
-    words = (mask.view(-1, 32) << torch.arange(32)).sum(1)
+    words = (mask.view(-1, 32) << torch.arange(32, device=device)).sum(1)
     # Whole tiles of 16 columns keep the number of GEMM shapes small.
-    index = torch.full((-(-len(columns) // 16) * 16,), -1, dtype=torch.int32)
+    count = -(-max(len(columns), least) // 16) * 16
+    index = torch.full((count,), -1, dtype=torch.int32, device=device)
     index[: len(columns)] = columns.to(torch.int32)
     return index, torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
@@ -57,18 +62,26 @@ class OutlierSlots:
         misses: calls that met an outlier in no known column.
     """
 
-    def __init__(self, k: int, weight_rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        k: int,
+        weight_rows: Callable[[torch.Tensor], torch.Tensor],
+        fixed: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         """Start empty; `weight_rows(columns)` must return the weight of columns [S] as [S, N].
 
-        It is asked once for each column that gets a place, and may be replaced.
+        It is asked once for each column that gets a place, and may be replaced. fixed: index, keep and weight
+        have room for all columns that there may ever be and stay where they are, for CUDA graphs.
         """
+        self.fixed = fixed
         self.capacity = capacity(k)
         self.weight_rows = weight_rows
-        self.excess = torch.zeros(k, dtype=torch.float32)
+        self.excess = torch.zeros(k, dtype=torch.float32, device=device)
         self.rows = PRIOR_ROWS
         self.misses = self.waiting = self.patience = 0
-        self.index, self.weight = torch.empty(0, dtype=torch.int32), torch.empty(0)
-        self.hold(torch.empty(0, dtype=torch.int64))
+        self.index, self.weight = torch.empty(0, dtype=torch.int32, device=device), torch.empty(0)
+        self.hold(torch.empty(0, dtype=torch.int64, device=device))
 
     @property
     def count(self) -> int:
@@ -124,7 +137,7 @@ class OutlierSlots:
 
     def hold(self, columns: torch.Tensor) -> None:
         """Let the columns, sorted int64 [S], be the outlier columns from now on."""
-        index, self.keep = places(self.excess.numel(), columns)
+        index, keep = places(self.excess.numel(), columns, self.capacity if self.fixed else 0)
         # Rows that are held already are moved; reading one out of the packed weight costs a GEMM.
         same = (index[:, None] == self.index) & (index[:, None] >= 0)
         kept = same.any(1)
@@ -132,4 +145,17 @@ class OutlierSlots:
         weight = fresh.new_zeros(len(index), fresh.shape[1])
         weight[kept] = self.weight[same.int().argmax(1)[kept]] if kept.any() else fresh[:0]
         weight[~kept & (index >= 0)] = fresh
-        self.index, self.weight, self.columns = index, weight, columns
+        self.columns = columns
+        if self.fixed and len(self.index):
+            self.index.copy_(index)
+            self.keep.copy_(keep)
+            self.weight.copy_(weight)
+        else:
+            self.index, self.keep, self.weight = index, keep, weight
+
+    def rest(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [M, K] with 0 in the outlier columns; x is left as it is."""
+        if not self.fixed:
+            return x.index_fill(1, self.columns, 0) if self.count else x
+        words = (self.keep[:, None] >> torch.arange(32, dtype=torch.int32, device=x.device)) & 1
+        return torch.where(words.flatten()[: x.shape[1]].bool(), x, 0)

@@ -1,0 +1,79 @@
+"""`kv4_write`, `kv4_keep_tail` and `kv4_attention`: the reference's cache bytes, its bits on the grid."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import grid_table, same
+from kv4_cases import batch
+
+from lutserve import luts
+from lutserve.kernels import kv4, kv4_attention
+
+#: scheme and model type
+SCHEMES = (("int4", ""), ("nf4", ""), ("axcore", "llama"), ("axcore", "opt"))
+
+each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+each_scheme = pytest.mark.parametrize(("name", "family"), SCHEMES)
+
+
+@pytest.fixture(autouse=True)
+def _launchers(served, monkeypatch):
+    """Let `kv4_cases` run ours."""
+    monkeypatch.setattr(kv4, "write", served("kv4_write"))
+    monkeypatch.setattr(kv4, "keep_tail", served("kv4_keep_tail"))
+    monkeypatch.setattr(kv4_attention, "kv4_attention", served("kv4_attention"))
+
+
+def compare(case, steps=None, exact=True):
+    (found, cache), (want, expected) = case.run(steps), case.run(steps, reference=True)
+    assert torch.equal(cache, expected)
+    for a, b in zip(found, want, strict=True):
+        if exact:
+            assert same(a, b)
+        else:
+            torch.testing.assert_close(a.float(), b.float(), rtol=2 * torch.finfo(a.dtype).eps, atol=2e-3)
+
+
+@each_dtype
+@each_scheme
+def test_the_bits_of_the_reference(name, family, dtype):
+    if name == "nf4":
+        pytest.skip("its values are no sums of few powers of two")
+    options = {"dtype": dtype, "exp_table": grid_table(), "model_type": family}
+    compare(batch(name, (67, 3), (2, 1), 16, **options), [[10, 1], [53, 0], [1, 1], [3, 1]])
+    recip = luts.lut_table("reciprocal", "nli-2", torch.float16)
+    compare(batch(name, (70,), (3, 1), 80, **options, recip_table=recip, fp16_sum=True))
+
+
+@each_dtype
+@each_scheme
+def test_ordinary_numbers(name, family, dtype):
+    """Exact exp; sizes with two whole groups; a request in parts; cache bytes still equal."""
+    case = batch(name, (140, 5), (4, 1), 128, dtype, values="normal", model_type=family)
+    compare(case, [[139, 4], [1, 1]], exact=False)
+
+
+@each_dtype
+@each_scheme
+def test_what_is_not_finite_and_zero(name, family, dtype):
+    case = batch(name, (66,), (2, 1), 16, dtype, values="normal", exp_table=grid_table(), model_type=family)
+    case.value[0][3], case.key[0][5] = 0, 0
+    case.value[0][65, 0, 2] = torch.inf
+    found, _ = case.run([[64], [2]])
+    want, _ = case.run([[64], [2]], reference=True)
+    assert same(found[0].isfinite().half(), want[0].isfinite().half())
+    assert found[0][:65].isfinite().all() and not found[0][65].isfinite().all()
+
+
+@each_dtype
+@pytest.mark.parametrize("by_unit", [False, True])
+def test_every_pattern_is_quantised_alike(dtype, by_unit):
+    """All patterns as keys and values, in groups of like size, NaN and infinity among them."""
+    patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    if dtype == torch.bfloat16:
+        patterns = patterns.view(-1, 16)[::16].flatten()
+    case = batch("axcore" if by_unit else "nf4", (64,), (1, 1), 64, dtype)
+    tokens = patterns.view(-1, 1, 64)[:256]
+    case = case.with_(query=(tokens,), key=(tokens,), value=(tokens.flip(0),), block_size=256)
+    assert torch.equal(case.run()[1], case.run(reference=True)[1])
