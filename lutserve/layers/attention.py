@@ -306,7 +306,7 @@ class Kv4AttentionImpl(LutAttentionImpl):
 
 
 def load_tables(
-    recipe: Recipe, module: str, device: torch.device
+    recipe: Recipe, module: str, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the fp16 tables [65536] of exp and reciprocal in an attention layer, None where exact.
 
