@@ -1,5 +1,6 @@
 """Our attention backend on CUDA, as far as it can be asked without a device; its kernels: tests/gpu."""
 
+import itertools
 import pickle
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def test_classes_follow_the_recipe(building):
         assert Backend.get_builder_cls() is attention.LutMetadataBuilder
     with (
         building(Recipe(luts={"silu": "nli-4"})),
-        pytest.raises(UserError, match="--attention-backend LUTSERVE .* leave the flag away"),
+        pytest.raises(UserError, match=r"--attention-backend LUTSERVE .* leave the flag away"),
     ):
         Backend.get_impl_cls()
     with building(Recipe(kv_cache_scheme="axcore"), kv_cache_dtype=kv_formats.CACHE_DTYPE):
@@ -114,7 +115,7 @@ def test_classes_follow_the_recipe(building):
 def test_the_launcher_asks_for_it_on_cuda_alone(monkeypatch, recipe, flags, added):
     def pairs():
         argv = launch.arguments("m", "m", recipe, False, flags)
-        return list(zip(argv, argv[1:], strict=False))
+        return list(itertools.pairwise(argv))
 
     assert ("--attention-backend", "LUTSERVE") not in pairs()
     monkeypatch.setattr(launch, "on_cpu", lambda: False)
