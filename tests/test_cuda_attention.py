@@ -50,6 +50,7 @@ def test_vllm_knows_it_by_its_name():
     assert config == "lutserve"
 
 
+@pytest.mark.slow
 def test_its_name_reaches_processes_that_have_not_loaded_plugins():
     program = (
         "import pickle, sys; member = pickle.load(sys.stdin.buffer); print(member.name, member.get_path())"
