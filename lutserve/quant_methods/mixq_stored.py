@@ -12,6 +12,7 @@ from lutserve.compat import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
     ModelWeightParameter,
+    graph_rows,
     register_weight_loader_v2_supported_method,
 )
 from lutserve.errors import UserError
@@ -48,6 +49,7 @@ class StoredMethod(PackedMethod):
 
     def __init__(self, method: Method, group: Group, report: LayerReport, model: str) -> None:
         self.method, self.group, self.report, self.folder = method, group, report, Path(model)
+        self.graph_rows = graph_rows()
 
     def create_weights(
         self,
@@ -85,6 +87,11 @@ class StoredMethod(PackedMethod):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Pack, and let the loaded tensors go."""
+        # What is made on the way is made where the integers are.
+        with layer.get_parameter(self.layout.codes).device:
+            self._process(layer)
+
+    def _process(self, layer: torch.nn.Module) -> None:
         layout = self.layout
         codes = layer.get_parameter(layout.codes)
         rank, scales = getattr(codes, "tp_rank", 0), layer.get_parameter(SCALE).data[0]
@@ -95,7 +102,10 @@ class StoredMethod(PackedMethod):
             nibbles = unpack(codes.data, self.k)
             integers = (nibbles ^ 8).to(torch.int8) - 8
         kernel: PackedLinear
-        slots = OutlierSlots(self.k, lambda wanted: kept[torch.searchsorted(columns, wanted)])
+        fixed = self.graph_rows > 0
+        slots = OutlierSlots(
+            self.k, lambda wanted: kept[torch.searchsorted(columns, wanted)], fixed, codes.device
+        )
         slots.capacity = max(slots.capacity, len(columns))
         slots.hold(columns)
         if self.method.name == "quik4" and layout.bits == 4:
@@ -105,7 +115,8 @@ class StoredMethod(PackedMethod):
             slots.weight_rows = gemm.columns
             # Columns that the checkpoint names are all there will be: its 4-bit weights have nothing there.
             learning = self.group.outliers == "online" and self.method.outliers and not layout.columns
-            kernel = PackedLinear(gemm, slots, len(integers), bool(len(columns)) or learning, learning)
+            outliers = bool(len(columns)) or learning
+            kernel = PackedLinear(gemm, slots, len(integers), outliers, learning, self.graph_rows)
         for name in (layout.codes, SCALE, *layout.unused, *((KEPT, PLACES) if layout.columns else ())):
             delattr(layer, name)
         # vLLM's own code looks for one.

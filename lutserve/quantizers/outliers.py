@@ -146,7 +146,7 @@ class OutlierSlots:
         weight[kept] = self.weight[same.int().argmax(1)[kept]] if kept.any() else fresh[:0]
         weight[~kept & (index >= 0)] = fresh
         self.columns = columns
-        if self.fixed and len(self.index):
+        if self.fixed and self.index.shape == index.shape:
             self.index.copy_(index)
             self.keep.copy_(keep)
             self.weight.copy_(weight)

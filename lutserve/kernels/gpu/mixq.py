@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from lutserve.kernels import mixq
+from lutserve.kernels.gpu import activation
 from lutserve.kernels.reference import TINY
 
 #: columns of a row that are read at once
@@ -89,6 +90,15 @@ def prepare(x: torch.Tensor, index: torch.Tensor, keep: torch.Tensor) -> mixq.Pr
             SLOTS=triton.next_power_of_2(max(slots, 1)), BLOCK=_BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
     return prepared
+
+
+def gate_and_prepare(
+    x: torch.Tensor, table: torch.Tensor, index: torch.Tensor, keep: torch.Tensor
+) -> mixq.Gated:
+    """`lutserve::mixq_gate_and_prepare` on a GPU, in two launches."""
+    mixq._gate_fake(x, table, index, keep)
+    product = activation.act_and_mul(x, table)
+    return (product, *prepare(product, index, keep))
 
 
 def add_outliers(out: torch.Tensor, side: torch.Tensor, weight: torch.Tensor) -> None:
