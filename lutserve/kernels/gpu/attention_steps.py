@@ -50,9 +50,11 @@ def exponential(x, table_ptr):
     """Return e of fp32 x, by the table or exactly."""
     x = tl.maximum(x, -65504.0)
     if table_ptr is None:
-        return tl.exp(x)
-    bits = x.to(tl.float16).to(tl.uint16, bitcast=True)
-    return tl.load(table_ptr + bits.to(tl.int32)).to(tl.float32)
+        e = tl.exp(x)
+    else:
+        bits = x.to(tl.float16).to(tl.uint16, bitcast=True)
+        e = tl.load(table_ptr + bits.to(tl.int32)).to(tl.float32)
+    return e
 
 
 @triton.jit
@@ -68,20 +70,20 @@ def divide(weighted, total, recip_ptr, FP16_SUM: tl.constexpr):
         near = tl.minimum(tl.maximum(total.to(tl.float16).to(tl.float32), -65504.0), 65504.0)
         total = tl.where(tl.abs(total) < float("inf"), near, total)
     quotient = tl.div_rn(weighted, total[:, None])
-    if recip_ptr is None:
-        return quotient
-    word = total.to(tl.int32, bitcast=True)
-    rounded = ((word & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True).to(tl.float16)
-    up = rounded == 2.0
-    exponent = (word >> 23) - 127 + up.to(tl.int32)
-    bits = tl.where(up, 0x3C00, rounded.to(tl.uint16, bitcast=True).to(tl.int32))
-    entry = tl.load(recip_ptr + bits).to(tl.float32)
-    # 2**-exponent in two factors, each of which is a normal number.
-    half = exponent >> 1
-    inverse = entry * ((127 - half) << 23).to(tl.float32, bitcast=True)
-    inverse *= ((127 - exponent + half) << 23).to(tl.float32, bitcast=True)
-    normal = (total >= 1.1754943508222875e-38) & (total < float("inf"))
-    return tl.where(normal[:, None], weighted * inverse[:, None], quotient)
+    if recip_ptr is not None:
+        word = total.to(tl.int32, bitcast=True)
+        rounded = ((word & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True).to(tl.float16)
+        up = rounded == 2.0
+        exponent = (word >> 23) - 127 + up.to(tl.int32)
+        bits = tl.where(up, 0x3C00, rounded.to(tl.uint16, bitcast=True).to(tl.int32))
+        entry = tl.load(recip_ptr + bits).to(tl.float32)
+        # 2**-exponent in two factors, each of which is a normal number.
+        half = exponent >> 1
+        inverse = entry * ((127 - half) << 23).to(tl.float32, bitcast=True)
+        inverse *= ((127 - exponent + half) << 23).to(tl.float32, bitcast=True)
+        normal = (total >= 1.1754943508222875e-38) & (total < float("inf"))
+        quotient = tl.where(normal[:, None], weighted * inverse[:, None], quotient)
+    return quotient
 
 
 @triton.jit
@@ -89,8 +91,10 @@ def product(sums, weights, values):
     """Sums [ROWS, D] + weights [ROWS, TILE] @ values [TILE, D]."""
     if weights.dtype == tl.float32:
         # fp16 values are whole in TF32, weights are in parts of it.
-        return tl.dot(weights, values.to(tl.float32), sums, input_precision="tf32x3")
-    return tl.dot(weights, values, sums)
+        sums = tl.dot(weights, values.to(tl.float32), sums, input_precision="tf32x3")
+    else:
+        sums = tl.dot(weights, values, sums)
+    return sums
 
 
 @triton.jit

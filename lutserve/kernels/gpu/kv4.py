@@ -89,18 +89,17 @@ def write_kernel(
             run = tl.min(tl.where(known, _UNIT, back), 0)
             new = ((back < run)[:, None]) & inside[None, :]
             old = ((back >= run)[:, None]) & inside[None, :]
-            x = tl.load(x_ptr - back[:, None] * value_stride + d[None, :], new, 0.0).to(tl.float32)
+            unit = tl.load(x_ptr - back[:, None] * value_stride + d[None, :], new, 0.0).to(tl.float32)
             tail = (page + TAIL).to(tl.pointer_type(value_ptr.dtype.element_ty), bitcast=True)
-            x += tl.load(tail + rows[:, None] * SIZE + d[None, :], old, 0.0).to(tl.float32)
-            scale = scale_of(x, value_divisor, 0)
-            index = codes_of(x, scale, bounds_ptr + 15).reshape(_UNIT // 2, 2, _GROUP)
-            even, odd = tl.split(index.permute(0, 2, 1))
-            first = token - _UNIT + 1
-            pairs = tl.arange(0, _UNIT // 2)
-            at = first // 2 * SIZE + pairs[:, None] * SIZE + d[None, :]
-            tl.store(values + at, (even | odd << 4).to(tl.uint8), inside[None, :] & (pairs >= 0)[:, None])
-            at = VALUE_SCALES // 2 + token // _UNIT * SIZE + d[None, :]
-            tl.store(halves + at, scale, inside[None, :])
+            unit += tl.load(tail + rows[:, None] * SIZE + d[None, :], old, 0.0).to(tl.float32)
+            by_channel = scale_of(unit, value_divisor, 0)
+            index = codes_of(unit, by_channel, bounds_ptr + 15).reshape(_UNIT // 2, 2, _GROUP)
+            first, second = tl.split(index.permute(0, 2, 1))
+            pairs = (token - _UNIT + 1) // 2 + tl.arange(0, _UNIT // 2)
+            whole = inside[None, :] & (pairs >= 0)[:, None]
+            tl.store(values + pairs[:, None] * SIZE + d[None, :], (first | second << 4).to(tl.uint8), whole)
+            place = VALUE_SCALES // 2 + token // _UNIT * SIZE + d[None, :]
+            tl.store(halves + place, by_channel, inside[None, :])
     else:
         x = tl.load(x_ptr + d, inside, 0.0).to(tl.float32)
         scale = scale_of(x, value_divisor, 0)
