@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lutserve.kernels.gpu import activation
+from lutserve.kernels import kv4
+from lutserve.kernels.gpu import activation, attention, attention_steps, int8, kv4_attention, mixq, norm
+from lutserve.kernels.gpu import kv4 as kv4_write
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,127 @@ class Kernel:
     architectures: tuple[int, ...] = (80, 90)
 
 
+def _pointers(kind: str, *names: str) -> dict[str, str]:
+    """Aligned pointers of one type."""
+    return {f"{name}_ptr": f"*{kind}:16" for name in names}
+
+
+def _integers(*names: str) -> dict[str, str]:
+    """Integers that are multiples of 16."""
+    return dict.fromkeys(names, "i32:16")
+
+
+def _attention(
+    dtype: str, rows: int, splits: int, registers: int, shared: int, exact: bool = False
+) -> Kernel:
+    """Two-pass attention at head size 128, four heads a kv head; with splits, the launch that sums."""
+    tables = {"recip_ptr": None} | ({"exp_ptr": None} if exact else {})
+    kind = "exact" if exact else "table"
+    return Kernel(
+        f"lut_attention, {dtype}, {rows} rows, {kind}{', split' if splits > 1 else ''}",
+        attention.lut_attention_kernel,
+        {
+            **_pointers(dtype, "query", "out"),
+            **({} if exact else _pointers("fp16", "exp")),
+            **_pointers("i32" if dtype == "bf16" else "fp16", "cache"),
+            **_pointers("i32", "table", "query_start", "lengths"),
+            **_pointers("fp32", "maxima", "totals", "sums"),
+            **_integers("table_stride", "query_stride", "head_stride", "block_stride", "kv_head_stride"),
+            **{"requests": "i32", "tokens": "i32", "heads": "i32:16", "scale": "fp32", "window": "i32"},
+        },
+        tables
+        | {"MAXIMA": splits == 1, "SUMS": True, "SPLITS": splits, "WINDOW": False, "FP16_SUM": False}
+        | {"PAIRED": dtype == "bf16", "GROUP": 4, "BLOCK": 16, "SIZE": 128, "WIDTH": 128}
+        | {"ROWS": rows, "TILE": 64},
+        registers,
+        shared,
+        mma=True,
+        stages=2,
+        fusion=False,
+    )
+
+
+def _kv4(dtype: str, by_unit: bool, rows: int, splits: int, registers: int, shared: int) -> Kernel:
+    """Attention over a 4-bit cache at head size 128: nf4, or AxCore's by unit with two classes."""
+    layout = kv4.Layout(1152 if by_unit else 16, 128, by_unit)
+    optional = _pointers(dtype, "value") | _pointers("i32", "offsets") if by_unit else {}
+    optional |= _pointers("fp16", "exp")
+    kind = "axcore" if by_unit else "nf4"
+    return Kernel(
+        f"kv4_attention, {dtype}, {rows} rows, {kind}{', split' if splits > 1 else ''}",
+        kv4_attention.kv4_attention_kernel,
+        {
+            **_pointers(dtype, "query", "out", "key_tables", "value_table"),
+            **_pointers("u8", "cache"),
+            **_pointers("i32", "table", "query_start", "lengths"),
+            **_pointers("fp32", "maxima", "totals", "sums"),
+            **_integers("table_stride", "query_stride", "head_stride", "block_stride", "kv_head_stride"),
+            **_integers("value_stride", "value_head_stride"),
+            **{"requests": "i32", "tokens": "i32", "heads": "i32:16", "scale": "fp32"},
+            **optional,
+        },
+        {
+            **{name: None for name in ("value_ptr", "offsets_ptr", "recip_ptr") if name not in optional},
+            **{"MAXIMA": splits == 1, "SUMS": True, "SPLITS": splits, "FP16_SUM": False},
+            **{"CLASSES": 2 if by_unit else 1, "GROUP": 4, "BLOCK": layout.block_size, "SIZE": 128},
+            **{"GROUPS": layout.groups, "VALUE_SCALES": layout.value_scales, "TAIL": layout.tail},
+            "ROWS": rows,
+        },
+        registers,
+        shared,
+        mma=True,
+        stages=2,
+        fusion=False,
+    )
+
+
+def _int8(rows: int, columns: int, registers: int, shared: int) -> Kernel:
+    """MixQ's int8 linear layer with its outlier columns."""
+    return Kernel(
+        f"int8_linear_rows, {rows} rows",
+        int8.int8_linear_rows_kernel,
+        {
+            **_pointers("i8", "codes", "weight"),
+            **_pointers("fp32", "scales", "weight_scales"),
+            **_pointers("bf16", "side", "outliers", "bias", "out"),
+            **_integers("n", "k", "slots"),
+            "m": "i32",
+        },
+        {"ROWS": rows, "COLUMNS": columns, "STEP": 128, "SLOTS": 32},
+        registers,
+        shared,
+        mma=True,
+        stages=4,
+        fusion=False,
+    )
+
+
+def _kv4_write(by_unit: bool, registers: int, shared: int) -> Kernel:
+    """The writer of a 4-bit cache at head size 128."""
+    layout = kv4.Layout(1152 if by_unit else 16, 128, by_unit)
+    return Kernel(
+        f"kv4_write, {'axcore' if by_unit else 'nf4'}",
+        kv4_write.write_kernel,
+        {
+            **_pointers("bf16", "key", "value"),
+            **_pointers("u8", "cache"),
+            **_pointers("i64", "slots"),
+            **_pointers("fp32", "bounds"),
+            **_integers("key_stride", "key_head_stride", "value_stride", "value_head_stride"),
+            **_integers("block_stride", "head_stride"),
+            **{"key_divisor": "fp32", "value_divisor": "fp32"},
+        },
+        {
+            **{"BY_UNIT": by_unit, "BLOCK": layout.block_size, "SIZE": 128, "GROUPS": layout.groups},
+            **{"VALUE_SCALES": layout.value_scales, "TAIL": layout.tail},
+        },
+        registers,
+        shared,
+        warps=4 if by_unit else 1,
+        fusion=False,
+    )
+
+
 KERNELS = (
     Kernel(
         "act_and_mul, fp16",
@@ -59,4 +182,75 @@ KERNELS = (
         {"BLOCK": 1024},
         registers=40,
     ),
+    Kernel(
+        "mixq_prepare",
+        mixq.prepare_kernel,
+        {
+            **_pointers("bf16", "x", "side"),
+            **_pointers("i32", "index", "keep"),
+            **_pointers("i8", "codes"),
+            **_pointers("fp32", "scales", "ratios", "worst"),
+            **_integers("x_stride", "k", "slots"),
+        },
+        {"SLOTS": 128, "BLOCK": 2048},
+        registers=255,
+        shared=16,
+        fusion=False,
+    ),
+    _int8(16, 32, registers=255, shared=100),
+    _int8(64, 64, registers=255, shared=100),
+    Kernel(
+        "lut_rms_norm with residual",
+        norm.norm_kernel,
+        {
+            **_pointers("bf16", "x", "residual", "weight", "out", "sum"),
+            **_pointers("fp16", "table"),
+            **_integers("width"),
+            "eps": "fp32",
+        },
+        {"bias_ptr": None, "CENTRED": False, "BLOCK": 1024},
+        registers=255,
+        shared=16,
+        warps=1,
+        fusion=False,
+    ),
+    Kernel(
+        "cache_write",
+        attention.cache_write_kernel,
+        {
+            **_pointers("bf16", "key", "value", "cache"),
+            **_pointers("i64", "slots"),
+            **_integers("key_stride", "key_head_stride", "value_stride", "value_head_stride"),
+            **_integers("block_stride", "head_stride"),
+        },
+        {"PAIRED": True, "BLOCK": 16, "SIZE": 128, "WIDTH": 128},
+        registers=64,
+        warps=1,
+    ),
+    _attention("bf16", 16, 8, registers=255, shared=100),
+    _attention("fp16", 16, 8, registers=255, shared=100),
+    _attention("bf16", 64, 1, registers=255, shared=100),
+    _attention("fp16", 64, 1, registers=255, shared=100),
+    _attention("fp16", 16, 8, registers=255, shared=100, exact=True),
+    Kernel(
+        "attention, parts combined",
+        attention_steps.combine_kernel,
+        {
+            **_pointers("fp32", "sums", "totals"),
+            **_pointers("i32", "query_start"),
+            **_pointers("bf16", "out"),
+            **{"requests": "i32", "tokens": "i32", "heads": "i32:16"},
+        },
+        {"recip_ptr": None, "SIZE": 128, "WIDTH": 128, "SPLITS": 8, "FP16_SUM": False},
+        registers=128,
+        shared=16,
+        warps=1,
+        fusion=False,
+    ),
+    _kv4_write(False, registers=128, shared=16),
+    _kv4_write(True, registers=255, shared=64),
+    _kv4("bf16", False, 16, 8, registers=255, shared=100),
+    _kv4("fp16", False, 16, 8, registers=255, shared=100),
+    _kv4("bf16", True, 16, 8, registers=255, shared=100),
+    _kv4("bf16", True, 64, 1, registers=255, shared=160),
 )
