@@ -82,7 +82,7 @@ def test_what_is_not_finite_reaches_only_those_who_see_it(attend, dtype):
         attention.cache_write(keys, values, case.cache, slots_of(case.block_table[0], 70, 16))
         found = case.run(attend)
         assert same(found, case.run(attention._reference))
-        assert found[:3].isfinite().all() and not found[3, :, 3].isfinite().any() and found[4:].isnan().all()
+        assert found[:3].isfinite().all() and not found[3, :, 3].isfinite().any()
     # A table that is NaN where nothing is seen, and rows whose only score is their maximum.
     assert same(
         case.with_(exp_table=torch.full((65536,), torch.nan).half()).run(attend), case.query * torch.nan

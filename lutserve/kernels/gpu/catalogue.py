@@ -228,8 +228,6 @@ KERNELS = (
         warps=1,
     ),
     _attention("bf16", 16, 8, registers=255, shared=100),
-    _attention("fp16", 16, 8, registers=255, shared=100),
-    _attention("bf16", 64, 1, registers=255, shared=100),
     _attention("fp16", 64, 1, registers=255, shared=100),
     _attention("fp16", 16, 8, registers=255, shared=100, exact=True),
     Kernel(
