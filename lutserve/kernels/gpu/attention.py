@@ -347,7 +347,7 @@ def lut_attention(
             WIDTH=triton.next_power_of_2(size),
             ROWS=rows,
             TILE=tile,
-            num_warps=4,
+            num_warps=4 if rows == 16 else 8,
             num_stages=2,
             enable_fp_fusion=False,
         )

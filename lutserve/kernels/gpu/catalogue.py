@@ -22,7 +22,8 @@ class Kernel:
     name: as the docs call it. function: what `triton.jit` returned. arguments: type of every argument that is
     no constant, in any order, `*fp16` for a pointer, `:16` after a type for a multiple of 16 (of pointers:
     bytes), as the JIT finds them for ordinary tensors. registers: the most a thread may use. shared: the most
-    KiB of shared memory a block may use. mma: the instructions of tensor cores are there (or must not be).
+    KiB of shared memory a block may use. stack: bytes that a call of the division's slow path may take, which
+    are no spills. mma: the instructions of tensor cores are there (or must not be).
     fusion: products and sums may be contracted; bit-exact kernels say False.
     """
 
@@ -32,6 +33,7 @@ class Kernel:
     constants: Mapping[str, Any]
     registers: int
     shared: int = 0
+    stack: int = 0
     mma: bool = False
     warps: int = 4
     stages: int = 3
@@ -74,6 +76,7 @@ def _attention(
         registers,
         shared,
         mma=True,
+        warps=4 if rows == 16 else 8,
         stages=2,
         fusion=False,
     )
@@ -108,6 +111,7 @@ def _kv4(dtype: str, by_unit: bool, rows: int, splits: int, registers: int, shar
         registers,
         shared,
         mma=True,
+        warps=8,
         stages=2,
         fusion=False,
     )
@@ -155,6 +159,7 @@ def _kv4_write(by_unit: bool, registers: int, shared: int) -> Kernel:
         },
         registers,
         shared,
+        stack=8,
         warps=4 if by_unit else 1,
         fusion=False,
     )
@@ -229,7 +234,6 @@ KERNELS = (
     ),
     _attention("bf16", 16, 8, registers=255, shared=100),
     _attention("fp16", 64, 1, registers=255, shared=100),
-    _attention("fp16", 16, 8, registers=255, shared=100, exact=True),
     Kernel(
         "attention, parts combined",
         attention_steps.combine_kernel,
@@ -245,10 +249,8 @@ KERNELS = (
         warps=1,
         fusion=False,
     ),
-    _kv4_write(False, registers=128, shared=16),
     _kv4_write(True, registers=255, shared=64),
     _kv4("bf16", False, 16, 8, registers=255, shared=100),
-    _kv4("fp16", False, 16, 8, registers=255, shared=100),
     _kv4("bf16", True, 16, 8, registers=255, shared=100),
     _kv4("bf16", True, 64, 1, registers=255, shared=160),
 )

@@ -326,7 +326,7 @@ def attend(
             VALUE_SCALES=layout.value_scales,
             TAIL=layout.tail,
             ROWS=rows,
-            num_warps=4,
+            num_warps=8,
             num_stages=2,
             enable_fp_fusion=False,
         )
