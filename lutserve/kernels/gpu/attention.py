@@ -308,7 +308,7 @@ def lut_attention(
         return
     query = query if query.stride(2) == 1 else query.contiguous()
     group = heads // kv_heads
-    rows, tile = steps.rows_for(tokens, requests, group), 64 if size <= 128 else 32
+    rows, tile = steps.rows_for(tokens, requests, group, 64), 64 if size <= 128 else 32
     programs = tokens // (rows // group) + requests
     splits = steps.splits_for(programs * kv_heads, block_table.shape[1] * block_size, tile)
     maxima, totals, sums = steps.scratch(splits, query)
