@@ -308,7 +308,9 @@ def lut_attention(
         return
     query = query if query.stride(2) == 1 else query.contiguous()
     group = heads // kv_heads
-    rows, tile = steps.rows_for(tokens, requests, group, 64), 64 if size <= 128 else 32
+    # Few rows where no request can have more than about one token.
+    rows = max(16 if tokens <= 2 * requests else 64, triton.next_power_of_2(group))
+    tile = 64 if size <= 128 else 32
     programs = tokens // (rows // group) + requests
     splits = steps.splits_for(programs * kv_heads, block_table.shape[1] * block_size, tile)
     maxima, totals, sums = steps.scratch(splits, query)

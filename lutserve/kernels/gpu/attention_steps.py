@@ -153,11 +153,6 @@ def splits_for(programs: int, most_keys: int, tile: int) -> int:
     return int(min(wanted, MOST_SPLITS, triton.next_power_of_2(max(1, most_keys // tile))))
 
 
-def rows_for(tokens: int, requests: int, group: int, many: int) -> int:
-    """Rows of a tile: few where no request can have more than about one token, else `many`."""
-    return max(16 if tokens <= 2 * requests else many, triton.next_power_of_2(group))
-
-
 def launches(splits: int) -> tuple[tuple[bool, bool], ...]:
     """What the launches over the keys compute: maxima, sums."""
     return ((True, True),) if splits == 1 else ((True, False), (False, True))

@@ -252,5 +252,4 @@ KERNELS = (
     _kv4_write(True, registers=128, shared=16),
     _kv4("bf16", False, 16, 8, registers=160, shared=32),
     _kv4("bf16", True, 16, 8, registers=255, shared=32),
-    _kv4("bf16", True, 32, 1, registers=255, shared=64),
 )

@@ -285,7 +285,8 @@ def attend(
     value = value if value is None or value.stride(2) == 1 else value.contiguous()
     layout = kv4.Layout(block_size, size, value is not None)
     group = heads // kv_heads
-    rows = steps.rows_for(tokens, requests, group, 32)
+    # Wider tiles spill where keys have classes.
+    rows = max(16, triton.next_power_of_2(group))
     programs = tokens // (rows // group) + requests
     splits = steps.splits_for(programs * kv_heads, block_table.shape[1] * block_size, kv4.UNIT)
     maxima, totals, sums = steps.scratch(splits, query)
