@@ -80,7 +80,8 @@ class OutlierSlots:
         self.excess = torch.zeros(k, dtype=torch.float32, device=device)
         self.rows = PRIOR_ROWS
         self.misses = self.waiting = self.patience = 0
-        self.index, self.weight = torch.empty(0, dtype=torch.int32, device=device), torch.empty(0)
+        self.index = self.keep = torch.empty(0, dtype=torch.int32, device=device)
+        self.weight = torch.empty(0)
         self.hold(torch.empty(0, dtype=torch.int64, device=device))
 
     @property
