@@ -27,11 +27,7 @@ class W4A4Offset:
         self.inside, rest = inside.nonzero()[:, 0], codes[:, inside]
         self.gemm = int8_gemm.choose(rest.contiguous(), scales, slots.weight.dtype)
         self.sums = rest.sum(1) * scales
-        self.name, self.bits, self.columns = (
-            f"quik {self.gemm.name}",
-            8 + 64 / codes.shape[1],
-            self.gemm.columns,
-        )
+        self.name, self.bits = f"quik {self.gemm.name}", 8 + 64 / codes.shape[1]
 
     def __call__(
         self, x: torch.Tensor, prepared: Prepared | None, slots: OutlierSlots, bias: torch.Tensor | None
@@ -45,6 +41,10 @@ class W4A4Offset:
         out = self.gemm(codes, step, side, slots.weight[: slots.count], bias)
         # x is (code + 8) * step + least, so what does not depend on the code meets the sum of the row.
         return out.float().addcmul_(least + 8 * step, self.sums).to(out.dtype)
+
+    def columns(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return W[:, columns] transposed, [S, N], of columns that are not outlier columns."""
+        return self.gemm.columns(torch.searchsorted(self.inside, columns))
 
 
 class QuikLinear(PackedLinear):
