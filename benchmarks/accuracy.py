@@ -28,7 +28,8 @@ from lutserve import machine, methods, models
 from lutserve.benchmarks import models as benchmark_models
 from lutserve.console import for_tables
 from lutserve.errors import UserError
-from lutserve.eval.ppl import Perplexity, perplexity, wikitext2
+from lutserve.eval.ppl import Perplexity, perplexity
+from lutserve.eval.texts import wikitext2
 from lutserve.quantizers.calibrate import calibrate
 from lutserve.quantizers.columns import FILE
 from lutserve.server.client import running_server

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from lutserve import machine, models
 from lutserve.checkpoint import Checkpoint
 from lutserve.console import for_tables
-from lutserve.eval.ppl import token_windows, wikitext2
+from lutserve.eval.ppl import token_windows
+from lutserve.eval.texts import wikitext2
 from lutserve.methods import get
 from lutserve.quantizers import quantize_activations
 from lutserve.quantizers.pipeline import quantize

@@ -13,7 +13,8 @@ from lutserve.benchmarks.report import Report
 from lutserve.benchmarks.serve import interleave
 from lutserve.benchmarks.workloads import Provider, batches, choose_providers
 from lutserve.errors import UserError
-from lutserve.eval.ppl import perplexity, wikitext2
+from lutserve.eval.ppl import perplexity
+from lutserve.eval.texts import wikitext2
 from lutserve.models import resolve
 from lutserve.server.client import Server
 from lutserve.server.launch import check_int4

@@ -46,10 +46,20 @@ class Answers:
         return None if row is None else json.loads(row[0])
 
     def put(self, request: Any, answer: Any) -> None:
-        """Keep the answer to `request`."""
-        self._db.execute(
-            "INSERT OR REPLACE INTO answers VALUES (?, ?)", (digest(request), json.dumps(answer))
-        )
+        """Keep the answer to `request`.
+
+        Raises:
+            UserError: it cannot be written.
+
+        """
+        try:
+            self._db.execute(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?)", (digest(request), json.dumps(answer))
+            )
+        except sqlite3.Error as error:
+            raise UserError(
+                f"cannot keep answers in {self._path} ({error}); make room and give the same command again"
+            ) from None
 
     def count(self) -> int:
         """Return how many answers there are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -90,11 +91,11 @@ def run(
             start, cannot be reached or stops answering.
 
     """
-    _check(settings, output, data)
+    check(settings, output, data)
     if base_url and (model or server_args):
         raise UserError("--base-url names a running server; --model and server flags are for one to start")
     command = [*(["--model", model] if model else []), *server_args]
-    with patch.dict(os.environ, _offline(data) if data else {}):
+    with patch.dict(os.environ, offline(data) if data else {}):
         names = tasks.local_names(settings.tasks, data) if data else list(settings.tasks)
         # Before the server: a misspelt task must not cost its start.
         manager = tasks.manager(names, data)
@@ -103,7 +104,7 @@ def run(
             closing(_answers(server, settings, output, resume)) as kept,
         ):
             start = time.monotonic()
-            results = _evaluate(server, manager, names, settings, tokenizer or server.root, kept)
+            results = evaluate(server, manager, names, settings, tokenizer or server.root, kept)
             results["lutserve"] = {
                 "version": __version__,
                 "model": server.root,
@@ -113,12 +114,13 @@ def run(
                 "settings": asdict(settings),
                 "machine": machine.collect(),
             }
-            path = _write(results, output, server.model)
+            path, _ = write(results, output, server.model)
             kept.delete()
     return Outcome(results, path)
 
 
-def _check(settings: Settings, output: Path, data: Path | None) -> None:
+def check(settings: Settings, output: Path, data: Path | None) -> None:
+    """UserError for settings, folders or an installation that cannot work."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-eval is not installed; install lutserve[eval]")
     if not settings.tasks:
@@ -135,7 +137,8 @@ def _check(settings: Settings, output: Path, data: Path | None) -> None:
         raise UserError(f"cannot write to {output}: {error.strerror}; choose another --output") from None
 
 
-def _offline(data: Path) -> dict[str, str]:
+def offline(data: Path) -> dict[str, str]:
+    """Return the environment in which lm-eval asks no network and finds its data in a folder."""
     # Hugging Face's libraries read these when they are imported, which is later than this.
     offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     return {"LUTSERVE_DATA": str(data.resolve()), **dict.fromkeys(offline, "1")}
@@ -153,7 +156,7 @@ def _server(base_url: str | None, command: Sequence[str], output: Path) -> Itera
 def _answers(server: Server, settings: Settings, output: Path, resume: bool) -> Answers:
     """Open the answers of an interrupted run of the same model with the same arithmetic."""
     # Tasks, limits and seeds need no place in the key: they decide which requests are made.
-    key: list[Any] = [server.model, server.root, _files(Path(server.root)), server.recipe, __version__]
+    key: list[Any] = [server.model, server.root, model_files(Path(server.root)), server.recipe, __version__]
     if server.recipe is None:
         # Nothing says which arithmetic another vLLM uses; at least tell one server from the next.
         key.append(server.base_url)
@@ -166,7 +169,7 @@ def _answers(server: Server, settings: Settings, output: Path, resume: bool) -> 
     return kept
 
 
-def _files(folder: Path) -> list[list[Any]]:
+def model_files(folder: Path) -> list[list[Any]]:
     """Names, sizes and times of a model folder's files; empty for a hub id."""
     if not folder.is_dir():
         return []
@@ -174,14 +177,14 @@ def _files(folder: Path) -> list[list[Any]]:
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def _evaluate(
+def evaluate(
     server: Server, manager: Any, chosen: list[str], settings: Settings, tokenizer: str, kept: Answers
 ) -> dict[str, Any]:
     """Return lm-eval's results, samples included."""
     import aiohttp
     from lm_eval import simple_evaluate
 
-    from lutserve.eval.completions import ResumableCompletions
+    from lutserve.eval.completions import ServedModel
 
     tasks.quiet_lm_eval()
     arguments = {
@@ -196,7 +199,7 @@ def _evaluate(
         "timeout": _TIMEOUT,
     }
     try:
-        model = ResumableCompletions(kept, **arguments)
+        model = ServedModel(server, kept, **arguments)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load the tokenizer {tokenizer!r} ({error}); name one with --tokenizer"
@@ -229,8 +232,15 @@ def _evaluate(
     return results
 
 
-def _write(results: dict[str, Any], output: Path, model: str) -> Path:
-    """Write the result and sample files in lm-eval's layout and drop the samples from `results`."""
+def write(results: dict[str, Any], output: Path, model: str) -> tuple[Path, dict[str, Path]]:
+    """Write the result and sample files in lm-eval's layout and drop the samples from `results`.
+
+    Returns: the result file, and the sample file of every task.
+
+    Raises:
+        UserError: they cannot be written whole.
+
+    """
     from lm_eval.loggers import EvaluationTracker
 
     tracker = EvaluationTracker(output_path=str(output))
@@ -245,9 +255,22 @@ def _write(results: dict[str, Any], output: Path, model: str) -> Path:
     tracker.save_results_aggregated(results=results, samples=samples)
     folder: str = tracker.general_config_tracker.model_name_sanitized
     path = output / folder / f"results_{tracker.date_id}.json"
-    if not path.is_file():
-        # lm-eval only logs what went wrong here.
-        raise UserError(f"lm-eval could not write {path}; is there space, and the right to write?")
     for task, entries in samples.items():
         tracker.save_results_samples(task_name=task, samples=entries)
-    return path
+    files = {task: path.with_name(f"samples_{task}_{tracker.date_id}.jsonl") for task in samples}
+    # lm-eval only logs what goes wrong here.
+    if not _is_json(path) or any(_lines(files[task]) < len(entries) for task, entries in samples.items()):
+        raise UserError(f"lm-eval could not write {path.parent}; is there space, and the right to write?")
+    return path, files
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _lines(path: Path) -> int:
+    """Count the whole lines of a file; 0 if it is not there."""
+    return path.read_bytes().count(b"\n") if path.is_file() else 0

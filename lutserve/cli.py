@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from lutserve import (
     __version__,
+    cli_eval,
     cli_formats,
     cli_lut,
     cli_outliers,
@@ -23,6 +23,7 @@ from lutserve import (
     cli_search,
     env,
 )
+from lutserve.cli_group import with_default
 from lutserve.errors import UserError
 from lutserve.methods import FORMATS, METHODS
 from lutserve.torchvision_guard import hide_broken_torchvision
@@ -41,21 +42,12 @@ app = typer.Typer(
 )
 
 
-class _ServeByDefault(TyperGroup):
-    """`lutserve bench FLAGS` is `lutserve bench serve FLAGS`."""
-
-    # The context's class is typer's own, and private.
-    def parse_args(self, context: Any, args: list[str]) -> list[str]:
-        if not args or (args[0] not in self.commands and args[0] != "--help"):
-            args = ["serve", *args]
-        return super().parse_args(context, args)
-
-
-bench = typer.Typer(cls=_ServeByDefault, help="Measure throughput of several servers, interleaved.")
+bench = typer.Typer(cls=with_default("serve"), help="Measure throughput of several servers, interleaved.")
 
 app.add_typer(bench, name="bench")
 app.add_typer(cli_profile.app, name="profile")
 app.add_typer(cli_lut.app, name="lut")
+app.add_typer(cli_eval.app, name="eval")
 app.command(name="formats")(cli_formats.show)
 app.command(name="quantize")(cli_quantize.quantize)
 app.command(name="flops")(cli_search.flops)
@@ -183,48 +175,6 @@ def serve(
     overrides["calibration"] = str(calibration_file.absolute()) if calibration_file else None
     overrides["count_saturations"] = "true" if lut_count_saturations else None
     run(model or models.DEFAULT, flags, chosen, **overrides)
-
-
-@app.command(name="eval", context_settings=PASS_THROUGH)
-def evaluate(
-    context: typer.Context,
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma separated, e.g. piqa,wikitext2.")],
-    model: ModelOption = None,
-    base_url: Annotated[
-        str | None, typer.Option(help="Server to ask; default: start one with the flags given here.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with offline data and tasks/local_*.yaml files.")
-    ] = None,
-    limit: Annotated[float | None, typer.Option(help="Documents a task; below 1 a share of them.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
-    num_concurrent: Annotated[int, typer.Option(min=2, help="Requests in flight.")] = 16,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path(
-        "out/eval"
-    ),
-    resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = True,
-) -> None:
-    """Run lm-eval tasks through a server. Other flags (--method, --lut, ...) go to `lutserve serve`."""
-    from lutserve import models
-    from lutserve.eval.run import Settings, run
-
-    settings = Settings(
-        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
-        limit=limit,
-        num_fewshot=num_fewshot,
-        num_concurrent=num_concurrent,
-    )
-    outcome = run(
-        settings,
-        output=output,
-        model=None if base_url else model or models.DEFAULT,
-        server_args=context.args,
-        base_url=base_url,
-        data=data,
-        resume=resume,
-    )
-    print(outcome.table())
-    print(f"written to {outcome.path}", file=sys.stderr)
 
 
 @bench.command(name="serve", context_settings=PASS_THROUGH)

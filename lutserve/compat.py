@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from vllm import _custom_ops as vllm_ops
 from vllm.config import (
+    CompilationMode,
     get_current_vllm_config,
     get_current_vllm_config_or_none,
+    get_layers_from_vllm_config,
     set_current_vllm_config,
 )
 from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
@@ -27,6 +30,7 @@ from vllm.model_executor.layers.activation import (
     SiluAndMul,
 )
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -72,6 +76,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from lutserve.recipe import Recipe, parse
 
@@ -82,6 +88,7 @@ __all__ = [
     "AttentionBackend",
     "AttentionBackendEnum",
     "AttentionCGSupport",
+    "AttentionLayerBase",
     "AttentionMetadataBuilder",
     "AttentionType",
     "BasevLLMParameter",
@@ -89,10 +96,12 @@ __all__ = [
     "CPUAttentionBackendImpl",
     "CPUAttentionMetadataBuilder",
     "ChannelQuantScaleParameter",
+    "CompilationMode",
     "CustomOp",
     "EngineArgs",
     "FastGELU",
     "GELUTanh",
+    "GPUModelRunner",
     "GeluAndMul",
     "GemmaRMSNorm",
     "GroupQuantScaleParameter",
@@ -100,6 +109,7 @@ __all__ = [
     "LayerNorm",
     "LinearBase",
     "LinearMethodBase",
+    "LogprobsTensors",
     "MoEActivation",
     "ModelWeightParameter",
     "MultipleOf",
@@ -121,6 +131,7 @@ __all__ = [
     "current_platform",
     "current_recipe",
     "get_current_vllm_config",
+    "get_layers_from_vllm_config",
     "get_model",
     "graph_rows",
     "in_dummy_run",
@@ -136,6 +147,7 @@ __all__ = [
     "register_weight_loader_v2_supported_method",
     "set_current_vllm_config",
     "vllm_ops",
+    "with_cancellation",
 ]
 
 

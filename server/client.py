@@ -49,6 +49,8 @@ class Server:
     max_model_len: int
     #: the answer of /lutserve/recipe; None for a server that is not ours
     recipe: dict[str, Any] | None
+    #: whether it answers /lutserve/score
+    scores: bool = False
     #: process id and log file, for a server that we started
     pid: int | None = None
     log: Path | None = None
@@ -76,13 +78,14 @@ def connect(base_url: str, timeout: float = 30.0) -> Server:
         with http(base_url, timeout) as client:
             answer = client.get("/v1/models").raise_for_status().json()
             card = answer["data"][0]
-            recipe = client.get("/lutserve/recipe")
+            recipe, scoring = client.get("/lutserve/recipe"), client.get("/lutserve/score")
             return Server(
                 base_url=base_url,
                 model=card["id"],
                 root=card.get("root") or card["id"],
                 max_model_len=card["max_model_len"],
                 recipe=recipe.json() if recipe.is_success else None,
+                scores=scoring.is_success and scoring.json()["available"],
             )
     except httpx.HTTPStatusError as error:
         hint = "; set OPENAI_API_KEY to the server's key" if error.response.status_code == 401 else ""

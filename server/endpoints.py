@@ -6,16 +6,17 @@ import asyncio
 from argparse import Namespace
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 
-from lutserve.compat import recipe_of
+from lutserve.compat import recipe_of, with_cancellation
 from lutserve.recipe import Recipe
 from lutserve.server.lifecycle import LIFECYCLE, warm_up
 from lutserve.server.metrics import COLLECTOR
+from lutserve.server.scoring import ScoreRequest, ScoreResponse, score
 
 
 class LutserveEndpoints:
-    """Serves /lutserve/recipe, /lutserve/layers and /lutserve/sites, and keeps our gauges fresh."""
+    """Serves /lutserve/recipe, /layers, /sites and /score, and keeps our gauges fresh."""
 
     name = "lutserve_http"
     required_tasks = None
@@ -44,6 +45,23 @@ class LutserveEndpoints:
             reports: list[dict[str, Any]] = COLLECTOR.sites
             return reports
 
+        @router.get("/score")
+        async def scoring(request: Request) -> dict[str, bool]:
+            """Whether POST works here, and whether it computes common beginnings of prompts once."""
+            shares: bool | None = request.app.state.lutserve_shares_rows
+            return {"available": shares is not None, "shares_rows": bool(shares)}
+
+        @router.post("/score")
+        @with_cancellation  # type: ignore[untyped-decorator]
+        async def score_questions(body: ScoreRequest, raw_request: Request) -> ScoreResponse:
+            """Log-probabilities of continuations of contexts, all given as token ids."""
+            state = raw_request.app.state
+            if state.lutserve_shares_rows is None:
+                raise HTTPException(
+                    501, "this server cannot score; use /v1/completions with echo and logprobs"
+                )
+            return await score(state.engine_client, body)
+
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -51,8 +69,10 @@ class LutserveEndpoints:
         if engine_client is None:
             return
         state.lutserve_recipe = recipe_of(engine_client.vllm_config) or Recipe()
+        state.lutserve_shares_rows = None
         if engine_client.model_config.runner_type == "generate":
             await warm_up(engine_client)
+            state.lutserve_shares_rows = (await engine_client.collective_rpc("lutserve_prepare_scoring"))[0]
         await COLLECTOR.refresh(engine_client)
         # Kept on the state: the event loop itself holds tasks only weakly.
         state.lutserve_life = asyncio.create_task(LIFECYCLE.take_signals(engine_client, state, args))

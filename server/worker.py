@@ -8,6 +8,15 @@ from typing import Any
 class LutserveWorker:
     """Mixed into vLLM's worker (`--worker-extension-cls`); methods are called by `collective_rpc`."""
 
+    model_runner: Any
+
+    def lutserve_prepare_scoring(self) -> bool | None:
+        """Let the model runner answer `/lutserve/score`; see `scoring_worker.prepare`."""
+        from lutserve.server.scoring_worker import prepare
+
+        found: bool | None = prepare(self.model_runner)
+        return found
+
     def lutserve_layers(self) -> list[dict[str, Any]]:
         """Return a report for every linear layer: method, kernel, bits, outlier columns, misses."""
         from lutserve.quant_methods.config import REPORTS

@@ -27,9 +27,11 @@ class Fake:
     root: str
     max_model_len: int = 4096
     recipe: dict[str, Any] | None = field(default_factory=lambda: {"quant_method": "lutserve"})
-    #: completion requests so far that were answered
+    #: whether it has our scoring route
+    scores: bool = True
+    #: completion and scoring requests so far that were answered
     answered: int = 0
-    #: after so many answers every completion fails with this HTTP status
+    #: after so many answers every further one fails with this HTTP status
     fail_after: int | None = None
     fail_status: int = 500
     url: str = ""
@@ -40,24 +42,32 @@ class Fake:
             return 200, {"data": [{"id": "fake", "root": self.root, "max_model_len": self.max_model_len}]}
         if path == "/lutserve/recipe" and self.recipe is not None:
             return 200, self.recipe
+        if path == "/lutserve/score" and self.scores:
+            return 200, {"available": True, "shares_rows": True}
         return (200, {}) if path == "/health" else (404, {})
 
-    def complete(self, request: dict[str, Any]) -> tuple[int, Any]:
+    def post(self, path: str, request: dict[str, Any]) -> tuple[int, Any]:
         with self.lock:
             if self.fail_after is not None and self.answered >= self.fail_after:
                 return self.fail_status, {"error": "told to fail"}
             self.answered += 1
+        if path == "/lutserve/score":
+            return 200, {"scores": [self.score(**question) for question in request["questions"]]}
         prompts = request["prompt"] if isinstance(request["prompt"][0], list) else [request["prompt"]]
         return 200, {"choices": [self.choice(request, index, ids) for index, ids in enumerate(prompts)]}
+
+    def score(self, context: list[int], continuations: list[list[int]]) -> list[dict[str, Any]]:
+        return [
+            {
+                "logprobs": [logprob(*pair) for pair in itertools.pairwise([context[-1], *tokens])],
+                "greedy": [True] * len(tokens),
+            }
+            for tokens in continuations
+        ]
 
     def choice(self, request: dict[str, Any], index: int, ids: list[int]) -> dict[str, Any]:
         scores = [logprob(*pair) for pair in itertools.pairwise(ids)]
         choice: dict[str, Any] = {"index": index, "text": f" answer {sum(ids) % 10}", "logprobs": None}
-        if request.get("prompt_logprobs") is not None:
-            choice["prompt_logprobs"] = [
-                None,
-                *({str(token): {"logprob": score}} for token, score in zip(ids[1:], scores, strict=True)),
-            ]
         if request.get("echo"):
             values = [None, *scores, -1.0]
             choice["logprobs"] = {
@@ -76,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self._send(*self.fake.complete(body))
+        self._send(*self.fake.post(self.path, body))
 
     def _send(self, status: int, answer: Any) -> None:
         data = json.dumps(answer).encode()

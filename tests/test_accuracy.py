@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 
 from lutserve.benchmarks.accuracy import RECIPES, chosen, measure
 from lutserve.errors import UserError
-from lutserve.eval.ppl import wikitext2
+from lutserve.eval.texts import wikitext2
 from lutserve.models import DEFAULT
 
 

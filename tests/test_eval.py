@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from tiny import tiny_llama
 from lutserve.errors import UserError
 from lutserve.eval import tasks
 from lutserve.eval.answers import Answers, digest
-from lutserve.eval.ppl import perplexity, wikitext2
+from lutserve.eval.ppl import perplexity
 from lutserve.eval.run import Outcome, Settings, run
+from lutserve.eval.texts import wikitext2
 from lutserve.server.client import running_server
 
 QUESTIONS = 6
@@ -43,9 +45,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_llama(tmp_path_factory.mktemp("model")))
 
 
-@pytest.fixture
-def fake(root: str) -> Iterator[Fake]:
-    with fake_server(root) as running:
+@pytest.fixture(params=[True, False], ids=["route", "completions"])
+def fake(root: str, request: pytest.FixtureRequest) -> Iterator[Fake]:
+    """A server with our scoring route, and one without."""
+    with fake_server(root, scores=request.param) as running:
         yield running
 
 
@@ -213,17 +216,17 @@ def test_a_failing_server_is_a_user_error_and_loses_nothing(root: str, data: Pat
 
 def test_other_arithmetic_or_no_resume_starts_over(root: str, data: Path, tmp_path: Path) -> None:
     def interrupted(name: str) -> None:
-        with fake_server(root, fail_after=5) as broken, pytest.raises(UserError):
+        with fake_server(root, fail_after=3) as broken, pytest.raises(UserError):
             evaluate(broken, data, tmp_path / name, "choice")
 
     interrupted("recipe")
     with fake_server(root, recipe={"quant_method": "lutserve", "luts": {"silu": "nli-4"}}) as other:
         evaluate(other, data, tmp_path / "recipe", "choice")
-    assert other.answered == 2 * QUESTIONS
+    assert other.answered == QUESTIONS
     interrupted("fresh")
     with fake_server(root) as same:
         evaluate(same, data, tmp_path / "fresh", "choice", resume=False)
-    assert same.answered == 2 * QUESTIONS
+    assert same.answered == QUESTIONS
 
 
 SCRIPT = """
@@ -274,9 +277,10 @@ def test_perplexity_is_exact(fake: Fake, tmp_path: Path) -> None:
     assert found.ppl == pytest.approx(math.exp(math.fsum(expected) / count), rel=1e-12)
     assert found.tokens == count * (window - 1)
     assert fake.answered == count
-    first = perplexity(fake.url, text, window=window, windows=2, cache=tmp_path / "cache")
-    assert first.nll == found.nll[:2]
-    perplexity(fake.url, text, window=window, cache=tmp_path / "cache")
+    with closing(Answers(tmp_path / "cache")) as answers:
+        first = perplexity(fake.url, text, window=window, windows=2, answers=answers)
+        assert first.nll == found.nll[:2]
+        perplexity(fake.url, text, window=window, answers=answers)
     assert fake.answered == 2 * count
 
 

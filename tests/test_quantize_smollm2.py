@@ -11,7 +11,7 @@ import torch
 from lutserve import models
 from lutserve.checkpoint import Checkpoint
 from lutserve.errors import UserError
-from lutserve.eval.ppl import wikitext2
+from lutserve.eval.texts import wikitext2
 from lutserve.quantizers.pipeline import quantize
 from lutserve.quantizers.settings import Settings
 

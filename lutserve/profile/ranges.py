@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lutserve.errors import UserError
-from lutserve.eval.ppl import wikitext2
+from lutserve.eval.texts import wikitext2
 from lutserve.profile.histogram import Histogram
 
 SCHEMA = "lutserve-ranges-1"
