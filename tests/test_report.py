@@ -340,7 +340,7 @@ def test_what_is_not_shown_is_named(report: Report) -> None:
 def test_sections_of_the_folder(report: Report) -> None:
     titles = {chart.title for section in report.sections for chart in section.charts}
     assert f"{PPL.task} by bits a weight, {MODELS[0]}" in titles
-    for start in ("Speed against accuracy", "SQNR of the weights", "outlier columns", "Inputs of silu"):
+    for start in ("Speed against accuracy", "SQNR of the weights", "Outlier columns", "Inputs of silu"):
         assert any(title.startswith(start) for title in titles), start
     assert any(title.startswith("Sensitivity by layer") for title in titles)
     calibrated = next(t for s in report.sections for t in s.tables if t.title.endswith(".safetensors"))

@@ -39,7 +39,6 @@ class Cell(BaseModel):
     task: str
     metrics: dict[str, Metric]
     n: int | None = None
-    seconds: float | None = None
     #: stored bits a weight of the linear layers
     bits: float | None = None
     published: dict[str, float] = Field(default_factory=dict)

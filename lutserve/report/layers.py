@@ -72,7 +72,7 @@ def _lines(record: Record, rows: list[dict[str, Any]], key: str, title: str, bef
     worst = sorted((point for line in lines.values() for point in line), key=lambda p: p.y)
     return Chart(
         f"layers-chart-{before + 1}",
-        f"{title}, {record.name}",
+        f"{title[0].upper()}{title[1:]}, {record.name}",
         f"By decoder layer, a line for each kind of layer. Least {worst[0].name}; most {worst[-1].name}.",
         "decoder layer",
         title,
