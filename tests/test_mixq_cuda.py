@@ -8,7 +8,7 @@ pytest.importorskip("vllm")
 from lutserve.kernels.reference import quantize_rows
 from lutserve.quant_methods import mixq as method
 from lutserve.quant_methods.int8_gemm import CutlassGemm, FusedGemm
-from lutserve.quant_methods.mixq import W8A8, MixqKernel
+from lutserve.quant_methods.mixq import MixqKernel
 from lutserve.quantizers.outliers import OutlierSlots, capacity
 
 
@@ -60,7 +60,7 @@ def test_fixed_places_hold_what_others_hold():
 def test_only_inputs_longer_than_any_graph_teach():
     """And what they teach reaches the short ones, whose graphs hold the places."""
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(2)).bfloat16()
-    kernel = MixqKernel(weight, True, pack=W8A8, graph_rows=8)
+    kernel = MixqKernel(weight, True, graph_rows=8)
     short, long = (outlying(rows, 128, [3, 77], rows) for rows in (8, 400))
     exact = short.float() @ weight.float().t()
     error = [(kernel(short) - exact).norm()]
