@@ -48,11 +48,16 @@ def search(
     budget: Annotated[
         list[str],
         typer.Option(
-            help="bits=X (mean of the linear layers), bytes=X (model) or bops=X (a token); repeatable."
+            help="bits=X (mean of the linear layers), bytes=X (model), bops=X (a token), ms:decode_bN=X or "
+            "ms:prefill_N=X (all linear layers, with --timing), entries=X (all tables); repeatable."
         ),
     ],
     candidates: Annotated[
-        str, typer.Option(help="What a layer may become: none, int8 and 4-bit formats, comma separated.")
+        str,
+        typer.Option(
+            help="What a layer may become: none, int8, llm-int8, mix8, mix4, axcore, axcore-plus and 4-bit "
+            "formats, also with +a8 or +a4; a group size may follow, int4@32. Comma separated."
+        ),
     ] = "int4,nf4,sf4_5,int8,none",
     group_size: Annotated[int, typer.Option(help="Input columns that share a scale, -1: all.")] = 128,
     sensitivity: Annotated[
@@ -63,7 +68,7 @@ def search(
         str,
         typer.Option(help="Text: a file (.txt, .jsonl, also .gz), c4, wikitext2, pile, pydoc or a data set."),
     ] = "c4",
-    samples: Annotated[int, typer.Option(help="Windows of text for the scores.")] = 16,
+    samples: Annotated[int, typer.Option(help="Windows of text for the scores.")] = 8,
     held_out: Annotated[int, typer.Option(help="Further windows, for the verification.")] = 4,
     length: Annotated[int, typer.Option("--sequence-length", help="Tokens in a window.")] = 512,
     randoms: Annotated[int, typer.Option("--random", help="Random recipes to compare with.")] = 8,
@@ -71,6 +76,22 @@ def search(
     sweep: Annotated[
         str | None, typer.Option(help="LOW:HIGH:COUNT, more values of the first budget, for a Pareto front.")
     ] = None,
+    tables: Annotated[
+        str | None, typer.Option("--luts", help="Tables that a nonlinear site may read, e.g. nli-2,nli-4.")
+    ] = None,
+    lut_sites: Annotated[
+        str, typer.Option(help="Sites to choose them for: silu, gelu, softmax_exp, rsqrt.")
+    ] = "",
+    timing: Annotated[
+        Path | None, typer.Option(help="Measured times (JSON, docs/search.md), for budgets in ms.")
+    ] = None,
+    max_patterns: Annotated[
+        int | None, typer.Option(help="Kinds of decoder blocks at most, to keep compilation short.")
+    ] = None,
+    refine: Annotated[
+        str, typer.Option(help="Measure changed recipes afterwards: none, swap or evo.")
+    ] = "none",
+    rounds: Annotated[int, typer.Option(help="Rounds of --refine.")] = 8,
     plot: Annotated[Path | None, typer.Option(help="Draw the rows into a .png or .svg file.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write.")] = Path("recipe.json"),
 ) -> None:
@@ -84,8 +105,9 @@ def search(
     from lutserve import models
     from lutserve.quantizers.download import folder_of
     from lutserve.search.allocate import parse_budgets
-    from lutserve.search.candidates import parse
+    from lutserve.search.candidates import parse, parse_tables
     from lutserve.search.run import Settings, search
+    from lutserve.search.timing import Timing
 
     settings = Settings(
         candidates=parse(candidates, group_size),
@@ -98,6 +120,12 @@ def search(
         randoms=randoms,
         tensor_parallel=tensor_parallel,
         sweep=_sweep(sweep),
+        tables=parse_tables(tables) if tables is not None else (),
+        lut_sites=[site.strip() for site in lut_sites.split(",") if site.strip()],
+        timing=Timing(timing) if timing else None,
+        max_patterns=max_patterns,
+        refine=refine,
+        rounds=rounds,
     )
     console = Console(stderr=True, highlight=False)
     folder = folder_of(models.resolve(model, console.print), console.print)
@@ -154,10 +182,14 @@ def _table(result: Result) -> None:
 
     table = Table(box=None, header_style="bold")
     table.add_column("recipe", no_wrap=True)
-    for heading in ("bits", "bytes", "BOPs a token", "predicted KL", "held-out KL", "perplexity"):
+    entries = any(row.entries for row in result.rows)
+    extra = [*(["entries"] if entries else []), *result.rows[0].ms]
+    for heading in ("bits", "bytes", "BOPs a token", *extra, "predicted KL", "held-out KL", "perplexity"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in [*result.rows, *result.sweep]:
-        sizes = f"{row.bits:.4f}", f"{row.bytes:,.0f}", f"{row.bops:.4g}"
+        sizes = [f"{row.bits:.4f}", f"{row.bytes:,.0f}", f"{row.bops:.4g}"]
+        sizes += [f"{row.entries:,}"] if entries else []
+        sizes += [f"{ms:.3f}" for ms in row.ms.values()]
         table.add_row(row.name, *sizes, f"{row.predicted:.5f}", f"{row.kl:.5f}", f"{row.perplexity:.4f}")
     for_tables().print(table)
     agreement = result.facts["agreement"]

@@ -9,17 +9,17 @@ from typing import Any
 import families
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional
 
 from lutserve.errors import UserError
-from lutserve.kernels.reference import quantize_rows
 from lutserve.quantizers import rtn
 from lutserve.search.architecture import Site
-from lutserve.search.candidates import Candidate, allowed, parse
+from lutserve.search.candidates import Candidate, allowed, parse, parse_tables
 from lutserve.search.sensitivity import MEASURES, Task, block, fisher, kl, linear, seed_mpl
 from lutserve.search.sensitivity.task import Store
-from lutserve.search.simulation import Simulation, units, weight_of
+from lutserve.search.simulation import Simulation, units
 
 FAMILIES = ["llama", "qwen2", "gpt2", "opt-gelu"]
 CANDIDATES = [Candidate("int4", 64), Candidate("int8"), Candidate("none")]
@@ -42,9 +42,20 @@ def task(simulation: Simulation, file: Path, count: int = 2, granularity: str = 
     return Task(simulation, chosen, dict.fromkeys(chosen, CANDIDATES), windows, Store(file))
 
 
-def logits(simulation: Simulation, window: Tensor) -> Tensor:
+def logits(model: Any, window: Tensor) -> Tensor:
     with torch.no_grad():
-        return simulation.model(window[None], use_cache=False).logits[0]
+        return model(window[None], use_cache=False).logits[0]
+
+
+def by_transformers(simulation: Simulation) -> Any:
+    """The same model, by transformers alone and in fp32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(simulation.folder, dtype=torch.float32).eval()
+
+
+def parts_of(simulation: Simulation, model: Any, name: str) -> list[Any]:
+    """Modules of a fused layer in that model."""
+    site, block = simulation.sites[name], simulation.decoder[name]
+    return [model.get_submodule(f"{simulation.arch.blocks}.{block}.{shard}") for shard in site.shards]
 
 
 def kl_of(before: Tensor, after: Tensor) -> float:
@@ -53,27 +64,19 @@ def kl_of(before: Tensor, after: Tensor) -> float:
     return functional.kl_div(q, p, log_target=True, reduction="sum").item()
 
 
-def test_candidates_are_the_weights_that_are_served() -> None:
-    weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(Candidate("nf4", 32).weight(weight), rtn(weight, "nf4", 32).dequantize())
-    codes, scales = quantize_rows(weight)
-    rounded = Candidate("int8").weight(weight)
-    assert torch.equal(rounded, codes.float() * scales[:, None])
-    assert ((rounded - weight).abs() <= scales[:, None] * 0.5001).all()
-    assert Candidate("none").weight(weight) is weight
+def weights(simulation: Simulation, name: str) -> list[Tensor]:
+    """The weights [N, K] of a fused layer's parts in fp32."""
+    return [operator.weight.float() for operator in simulation.operators[name]]
 
 
 def test_a_change_is_undone_even_after_an_error(simulation: Simulation) -> None:
-    before = {name: [w.clone() for w in map(weight_of, parts)] for name, parts in simulation.shards.items()}
+    window = torch.tensor(families.prompts(1, 24)[0])
+    before = simulation.hidden_of([window])
     name = next(iter(simulation.sites))
-    with pytest.raises(ZeroDivisionError), simulation.applied({name: CANDIDATES[0]}):
-        inside = weight_of(simulation.shards[name][0])
-        assert torch.equal(inside, rtn(before[name][0], "int4", 64).dequantize())
-        assert not torch.equal(inside, before[name][0])
+    with pytest.raises(ZeroDivisionError), simulation.replaced({name: CANDIDATES[0].replacement}):
+        assert not torch.equal(simulation.hidden_of([window]), before)
         _ = 1 / 0
-    for name, weights in before.items():
-        for weight, part in zip(weights, simulation.shards[name], strict=True):
-            assert torch.equal(weight, weight_of(part))
+    assert torch.equal(simulation.hidden_of([window]), before)
 
 
 def test_kl_is_that_of_a_model_changed_by_hand(simulation: Simulation, tmp_path: Path) -> None:
@@ -81,15 +84,16 @@ def test_kl_is_that_of_a_model_changed_by_hand(simulation: Simulation, tmp_path:
     job.candidates = dict.fromkeys(job.units, CANDIDATES[:1]) | {next(iter(job.units)): CANDIDATES}
     got = kl.scores(job)
     assert list(got) == list(simulation.sites)
+    model = by_transformers(simulation)
     for name in list(got)[:3]:
-        before = [logits(simulation, window) for window in job.windows]
-        parts = simulation.shards[name]
+        before = [logits(model, window) for window in job.windows]
+        parts = parts_of(simulation, model, name)
         kept = [part.weight.data.clone() for part in parts]
         for part in parts:
             turned = part.weight.data.T if type(part).__name__ == "Conv1D" else part.weight.data
             rounded = rtn(turned, "int4", 64).dequantize()
             part.weight.data = rounded.T if type(part).__name__ == "Conv1D" else rounded
-        after = [logits(simulation, window) for window in job.windows]
+        after = [logits(model, window) for window in job.windows]
         for part, weight in zip(parts, kept, strict=True):
             part.weight.data = weight
         want = sum(map(kl_of, before, after)) / 48
@@ -106,8 +110,9 @@ def test_fisher_is_half_the_squared_product_of_gradient_and_change(
     got = fisher.scores(job)
     outputs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in simulation.sites}
     handles = []
-    for name, parts in simulation.shards.items():
-        for part in parts:
+    model = by_transformers(simulation)
+    for name in simulation.sites:
+        for part in parts_of(simulation, model, name):
 
             def keep(module: Any, inputs: Any, output: Tensor, name: str = name) -> Tensor:
                 output = output if output.requires_grad else output.requires_grad_(True)
@@ -116,7 +121,7 @@ def test_fisher_is_half_the_squared_product_of_gradient_and_change(
 
             handles.append(part.register_forward_hook(keep))
     with torch.enable_grad():
-        logs = simulation.model(job.windows[0][None], use_cache=False).logits[0].log_softmax(-1)
+        logs = model(job.windows[0][None], use_cache=False).logits[0].log_softmax(-1)
         labels = torch.multinomial(logs.detach().exp(), 1, generator=torch.Generator().manual_seed(0))
         flat = [output for pairs in outputs.values() for _, output in pairs]
         gradients = iter(torch.autograd.grad(logs.gather(-1, labels).sum(), flat))
@@ -124,8 +129,7 @@ def test_fisher_is_half_the_squared_product_of_gradient_and_change(
         handle.remove()
     for name, pairs in outputs.items():
         total = 0.0
-        for part, (x, output) in zip(simulation.shards[name], pairs, strict=True):
-            weight = weight_of(part)
+        for weight, (x, output) in zip(weights(simulation, name), pairs, strict=True):
             change = x.double() @ (rtn(weight, "int4", 64).dequantize() - weight).double().T
             total += (next(gradients).double() * change.view_as(output)).square().sum().item()
         assert got[name]["int4"] == pytest.approx(total / 2 / 24, rel=1e-3)
@@ -147,13 +151,18 @@ def test_linear_is_slope_times_relative_error(llama: Simulation, tmp_path: Path)
     name = next(iter(job.units))
     points = [(t, job.store.known[f"linear|{name}|{t}"]) for t in linear.NOISE]
     slope = sum(t * d for t, d in points) / sum(t * t for t, _ in points)
-    weight = torch.cat([weight_of(part) for part in llama.shards[name]])
+    weight = torch.cat(weights(llama, name))
     error = ((rtn(weight, "int4", 64).dequantize() - weight).square().sum() / weight.square().sum()).item()
     assert got[name]["int4"] == pytest.approx(slope * error, rel=1e-4)
     assert got[name]["none"] == 0
     noisy = linear._noisy("unit", 0.04, weight)
     assert ((noisy - weight).norm() / weight.norm()).item() == pytest.approx(0.2, rel=1e-4)
     assert torch.equal(noisy, linear._noisy("unit", 0.04, weight))
+    # int8 rounds activations too: it counts as the noise that changes the layer's outputs as much.
+    rows = weight / weight.abs().amax(1, keepdim=True) * 127
+    alone = ((rows.round() - rows) * weight.abs().amax(1, keepdim=True) / 127).square().sum()
+    assert got[name]["int8"] > 1.2 * slope * (alone / weight.square().sum()).item()
+    assert got[name]["int8"] < 0.1 * got[name]["int4"]
     # In the middle of the noise the prediction is what noise of that size does.
     assert points[1][1] == pytest.approx(slope * linear.NOISE[1], rel=0.3)
 
@@ -169,10 +178,10 @@ def test_block_error_is_the_change_of_the_blocks_output(simulation: Simulation, 
         seen.append(output[0] if isinstance(output, tuple) else output)
 
     handle = simulation.blocks()[last].register_forward_hook(keep)
-    logits(simulation, job.windows[0])
+    simulation.hidden_of(job.windows)
     # Only the last block is changed, so its input in the whole model is the unchanged one.
-    with simulation.applied(dict.fromkeys(job.units[name], CANDIDATES[0])):
-        logits(simulation, job.windows[0])
+    with simulation.replaced(dict.fromkeys(job.units[name], CANDIDATES[0].replacement)):
+        simulation.hidden_of(job.windows)
     handle.remove()
     want = (seen[1] - seen[0]).double().square().sum().item() / 24
     assert got[name]["int4"] == pytest.approx(want, rel=1e-4) and want > 0
@@ -184,14 +193,13 @@ def test_the_published_rule_is_linear_in_bits(simulation: Simulation, tmp_path: 
     got = seed_mpl.scores(job)
     outputs: list[Tensor] = []
     last = [name for name in simulation.sites if name.endswith(simulation.arch.sites[-1].name)]
-    hooks = [
-        simulation.shards[name][0].register_forward_hook(lambda m, i, output: outputs.append(output))
-        for name in last
-    ]
+    model = by_transformers(simulation)
+    for name in last:
+        parts_of(simulation, model, name)[0].register_forward_hook(
+            lambda m, i, output: outputs.append(output)
+        )
     for window in job.windows:
-        logits(simulation, window)
-    for hook in hooks:
-        hook.remove()
+        logits(model, window)
     for block_number, row in enumerate(got.values()):
         want = sum(outputs[i].square().sum().item() for i in (block_number, block_number + 2)) / 48
         assert row == {
@@ -233,19 +241,34 @@ def test_what_a_layer_can_take() -> None:
     assert not Candidate("nf4", 12).fits(up)
     with pytest.raises(UserError, match="fit none of the candidates"):
         allowed(down, [big], 2)
+    # mix4 is mix8 in down_proj; AxCore's blocks are 64 rows of every part by a whole group.
+    assert not Candidate("mix4", 64).fits(down) and Candidate("mix4", 64).fits(up)
+    axcore = Candidate("axcore", 64)
+    assert axcore.fits(Site("qkv_proj", (), 192, 576, cuts=(128, 64)))
+    assert not axcore.fits(Site("qkv_proj", (), 192, 576, cuts=(96, 96)))
+    assert not axcore.fits(Site("o_proj", (), 64, 100, cuts=(64,)))
 
 
 def test_candidates_are_checked() -> None:
-    assert [c.method for c in parse("int4, none", 64)] == ["int4", "none"]
+    assert [c.name for c in parse("int4, none", 64)] == ["int4", "none"]
+    both = parse("nf4,nf4@32,nf4@-1,mix8", 64)
+    assert [(c.name, c.group_size) for c in both[:3]] == [("nf4", 64), ("nf4@32", 32), ("nf4@-1", -1)]
+    assert len({c.key for c in both}) == 4
     for names, message in [
-        ("", "give methods"),
+        ("", "give names"),
         ("int4,int4", "each once"),
-        ("mix8", "cannot be a candidate"),
+        ("fpma", "fpma cannot be a candidate"),
+        ("mix4:a4", "cannot be a candidate"),
+        ("nf4@x", "a group size"),
+        ("nf4@0", "groups of 0"),
+        ("nf5", "unknown method"),
     ]:
         with pytest.raises(UserError, match=message):
             parse(names, 64)
-    with pytest.raises(UserError, match="cannot be a candidate"):
-        Candidate("nf4+a8")
+    assert [table.name for table in parse_tables("nli-2,nnlut:16")] == ["nli-2", "nnlut:16"]
+    for names, message in [("nli-3", "unknown look-up table"), ("exact", "stays? exact|is exact")]:
+        with pytest.raises(UserError, match=message):
+            parse_tables(names)
 
 
 def test_a_score_belongs_to_the_values_of_a_format(tmp_path: Path) -> None:

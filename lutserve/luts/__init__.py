@@ -16,7 +16,7 @@ from lutserve.luts.specs import SPECS
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FUNCTIONS", "SPECS", "check", "input_range", "lut_table", "table_id", "validate"]
+__all__ = ["FUNCTIONS", "SPECS", "check", "entries", "input_range", "lut_table", "table_id", "validate"]
 
 
 def validate(spec: str) -> None:
@@ -72,6 +72,17 @@ def patterns(function: str, spec: str, fmt: bits.Format) -> bits.U16:
     if isinstance(table, nli.Table):
         return table.patterns(fmt, FUNCTIONS[function].clamp)
     return table.patterns(fmt, FUNCTIONS[function].tails if specs.parse(spec).clamp else None)
+
+
+def entries(function: str, spec: str) -> int:
+    """Numbers that an approximation stores: samples of an NLI table; cuts, slopes and biases of an NN-LUT.
+
+    0 for `exact`. UserError as `check`.
+    """
+    table = specs.load(function, spec)
+    if isinstance(table, nli.Table):
+        return len(table.samples)
+    return 0 if table is None else len(table.cuts) + len(table.slopes) + len(table.biases)
 
 
 def input_range(function: str, spec: str) -> tuple[float, float] | None:

@@ -15,7 +15,7 @@ class Site:
 
     name: below the block, e.g. ``self_attn.qkv_proj``. shards: the checkpoint's names of its parts, below the
     block. out, columns: the weight's size. bias: whether it has one. row_parallel: whether tensor parallelism
-    cuts its columns instead of its outputs.
+    cuts its columns instead of its outputs. cuts: outputs of each of several parts that vLLM tells apart.
     """
 
     name: str
@@ -24,11 +24,17 @@ class Site:
     columns: int
     bias: bool = False
     row_parallel: bool = False
+    cuts: tuple[int, ...] = ()
 
     @property
     def weights(self) -> int:
         """Elements of the weight, which are also its MACs a token."""
         return self.out * self.columns
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Outputs of each part."""
+        return self.cuts or (self.out,)
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ def _llama(config: Mapping[str, Any]) -> Architecture:
                 (heads + 2 * kv_heads) * d,
                 hidden,
                 attention_bias,
+                cuts=(heads * d, kv_heads * d, kv_heads * d),
             ),
             # Qwen2 has biases at q, k and v only.
             Site(
@@ -138,7 +145,7 @@ def _llama(config: Mapping[str, Any]) -> Architecture:
                 attention_bias and family != "qwen2",
                 True,
             ),
-            Site("mlp.gate_up_proj", _below("mlp", gate), 2 * inner, hidden, mlp_bias),
+            Site("mlp.gate_up_proj", _below("mlp", gate), 2 * inner, hidden, mlp_bias, cuts=(inner, inner)),
             Site("mlp.down_proj", ("mlp.down_proj",), hidden, inner, mlp_bias, True),
         ),
         activation="gelu" if family == "gemma" else "silu",
@@ -170,7 +177,7 @@ def _gpt2(config: Mapping[str, Any]) -> Architecture:
         vocab=int(config["vocab_size"]),
         tie=bool(config.get("tie_word_embeddings", True)),
         sites=(
-            Site("attn.c_attn", ("attn.c_attn",), 3 * hidden, hidden, True),
+            Site("attn.c_attn", ("attn.c_attn",), 3 * hidden, hidden, True, cuts=(hidden,) * 3),
             Site("attn.c_proj", ("attn.c_proj",), hidden, hidden, True, True),
             Site("mlp.c_fc", ("mlp.c_fc",), inner, hidden, True),
             Site("mlp.c_proj", ("mlp.c_proj",), hidden, inner, True, True),
@@ -204,7 +211,7 @@ def _opt(config: Mapping[str, Any]) -> Architecture:
         vocab=int(config["vocab_size"]),
         tie=bool(config.get("tie_word_embeddings", True)),
         sites=(
-            Site("self_attn.qkv_proj", qkv, 3 * hidden, hidden, bias),
+            Site("self_attn.qkv_proj", qkv, 3 * hidden, hidden, bias, cuts=(hidden,) * 3),
             Site("self_attn.out_proj", ("self_attn.out_proj",), hidden, hidden, bias, True),
             Site("fc1", ("fc1",), inner, hidden, bias),
             Site("fc2", ("fc2",), hidden, inner, bias, True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lutserve.search.allocate import Choice, Space
 from lutserve.search.sensitivity import Scores
-from lutserve.search.simulation import Simulation, tokens_of
+from lutserve.search.simulation import Simulation
 
 
 @dataclass(frozen=True)
@@ -23,35 +23,53 @@ class Row:
     bits: float
     bytes: float
     bops: float
+    entries: int
+    ms: dict[str, float]
     predicted: float
     kl: float
     perplexity: float
 
 
 class Examiner:
-    """Measures choices on held-out windows [L], against the unchanged model."""
+    """Measures choices on held-out windows [L] of one length, against the unchanged model."""
 
     def __init__(
-        self, simulation: Simulation, space: Space, scores: Scores, windows: Sequence[Tensor]
+        self,
+        simulation: Simulation,
+        space: Space,
+        scores: Scores,
+        budgets: Mapping[str, float],
+        windows: Sequence[Tensor],
     ) -> None:
         self.simulation, self.space, self.scores, self.windows = simulation, space, scores, windows
-        self.reference = [simulation.log_probs(window) for window in windows]
+        self.budgets = budgets
+        self.reference = simulation.hidden_of(windows)
+        # The token that follows each; the last one of a window has none.
+        self.following = torch.stack([torch.cat([w[1:], w.new_tensor([-1])]) for w in windows]).flatten()
+
+    def kl(self, choice: Choice) -> float:
+        """Mean KL of a choice, nats a token."""
+        with self.simulation.replaced(self.space.changes(choice)):
+            return self.simulation.kl(self.windows, self.reference)
 
     def row(self, name: str, choice: Choice) -> Row:
         """Measure a choice."""
+        with self.simulation.replaced(self.space.changes(choice)):
+            now = self.simulation.hidden_of(self.windows)
         difference = surprise = 0.0
-        with self.simulation.applied(self.space.layers(choice)):
-            for window, before in zip(self.windows, self.reference, strict=True):
-                now = self.simulation.log_probs(window)
-                difference += float((before.exp() * (before - now)).sum(dtype=torch.float64))
-                surprise -= float(now[:-1].gather(1, window[1:, None]).sum(dtype=torch.float64))
-        tokens = tokens_of(self.windows)
+        log_probs = self.simulation.log_probs
+        with torch.no_grad():
+            for (before, part), (after, _) in zip(log_probs(self.reference), log_probs(now), strict=True):
+                difference += float((before.exp() * (before - after)).sum(dtype=torch.float64))
+                known = self.following[part] >= 0
+                chosen = after[known].gather(1, self.following[part][known, None])
+                surprise -= float(chosen.sum(dtype=torch.float64))
         return Row(
             name,
-            **self.space.size(choice),
-            predicted=math.fsum(self.scores[unit][c.method] for unit, c in choice.items()),
-            kl=difference / tokens,
-            perplexity=math.exp(surprise / (tokens - len(self.windows))),
+            **self.space.size(choice, self.budgets),
+            predicted=math.fsum(self.scores[unit][option.name] for unit, option in choice.items()),
+            kl=difference / len(self.reference),
+            perplexity=math.exp(surprise / int((self.following >= 0).sum())),
         )
 
 

@@ -1,8 +1,8 @@
 """How much the model suffers when one unit alone takes a candidate: predicted mean KL a token, in nats.
 
 Every measure is a function of a `Task` that returns unit -> candidate's method -> score. A new one is one
-file, and one line here. Those of `block` and `seed-mpl`
-are not in nats: only their order and ratios mean something.
+file, and one line here. Those of `block` and `seed-mpl` are not in nats: only their order and ratios mean
+something.
 """
 
 from __future__ import annotations

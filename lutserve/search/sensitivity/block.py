@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from lutserve.search.sensitivity.task import Scores, Task
-from lutserve.search.simulation import Change, tokens_of
+from lutserve.search.simulation import Replace
 
 
 def scores(task: Task) -> Scores:
     """Mean over tokens of the squared error of the output of the block that holds the unit."""
-    found: Scores = {unit: {c.method: 0.0 for c in task.candidates[unit]} for unit in task.units}
+    found: Scores = {unit: {c.name: 0.0 for c in task.candidates[unit]} for unit in task.units}
     calls = _Calls(task)
-    for unit, candidate in task.each():
-        if candidate.method != "none":
-            measure = partial(calls.error, task.units[unit], candidate.weight)
-            found[unit][candidate.method] = task.store.remember(f"block|{unit}|{candidate.key}", measure)
+    for unit, option in task.each():
+        if not option.exact:
+            measure = partial(calls.error, task.units[unit], option.replacement)
+            found[unit][option.name] = task.store.remember(f"block|{unit}|{option.key}", measure)
     return found
 
 
@@ -30,7 +30,7 @@ class _Calls:
     """What every block was given on every window, and what it returned."""
 
     def __init__(self, task: Task) -> None:
-        self.simulation, self.windows = task.simulation, task.windows
+        self.simulation, self.tokens = task.simulation, task.tokens
         self.blocks = task.simulation.blocks()
         self.seen: list[list[tuple[Any, dict[str, Any], Tensor]]] = [[] for _ in self.blocks]
         handles = [
@@ -38,8 +38,7 @@ class _Calls:
             for index, block in enumerate(self.blocks)
         ]
         try:
-            for window in task.windows:
-                task.simulation.log_probs(window)
+            task.simulation.hidden_of(task.windows)
         finally:
             for handle in handles:
                 handle.remove()
@@ -51,14 +50,14 @@ class _Calls:
         return hook
 
     @torch.no_grad()
-    def error(self, names: list[str], change: Change) -> float:
-        """Mean over tokens of the squared error of the block of some fused layers, when they are changed."""
-        index, total = self.simulation.block_of(names[0]), 0.0
-        with self.simulation.changed(dict.fromkeys(names, change)):
+    def error(self, names: list[str], replace: Replace) -> float:
+        """Mean over tokens of the squared error of the block of some operators, when they are replaced."""
+        index, total = self.simulation.decoder[names[0]], 0.0
+        with self.simulation.replaced(dict.fromkeys(names, replace)):
             for inputs, given, before in self.seen[index]:
                 after = _hidden(self.blocks[index](*inputs, **given))
                 total += float((after - before).square().sum(dtype=torch.float64))
-        return total / tokens_of(self.windows)
+        return total / self.tokens
 
 
 def _hidden(output: Any) -> Tensor:

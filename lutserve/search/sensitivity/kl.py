@@ -10,19 +10,17 @@ from functools import partial
 from torch import Tensor
 
 from lutserve.search.sensitivity.task import Scores, Task
-from lutserve.search.simulation import Change, Simulation, tokens_of
+from lutserve.search.simulation import Replace, Simulation
 
 
 def scores(task: Task) -> Scores:
     """Mean over tokens of KL(p || p with the unit changed), measured."""
     meter = Meter(task)
     found: Scores = {unit: {} for unit in task.units}
-    for unit, candidate in task.each():
-        measure = partial(meter.kl, task.units[unit], candidate.weight)
-        name = f"kl|{unit}|{candidate.key}"
-        found[unit][candidate.method] = (
-            0.0 if candidate.method == "none" else task.store.remember(name, measure)
-        )
+    for unit, option in task.each():
+        measure = partial(meter.kl, task.units[unit], option.replacement)
+        name = f"kl|{unit}|{option.key}"
+        found[unit][option.name] = 0.0 if option.exact else task.store.remember(name, measure)
     return found
 
 
@@ -32,10 +30,9 @@ class Meter:
     def __init__(self, task: Task) -> None:
         self.simulation: Simulation = task.simulation
         self.windows = task.windows
-        self.reference: list[Tensor] = [self.simulation.log_probs(window) for window in self.windows]
+        self.reference: Tensor = self.simulation.hidden_of(self.windows)
 
-    def kl(self, names: list[str], change: Change) -> float:
-        """Nats a token, with the change made to the weights of fused layers."""
-        with self.simulation.changed(dict.fromkeys(names, change)):
-            pairs = zip(self.windows, self.reference, strict=True)
-            return sum(self.simulation.kl(*pair) for pair in pairs) / tokens_of(self.windows)
+    def kl(self, names: list[str], replace: Replace) -> float:
+        """Nats a token, with the operators of some sites replaced."""
+        with self.simulation.replaced(dict.fromkeys(names, replace)):
+            return self.simulation.kl(self.windows, self.reference)

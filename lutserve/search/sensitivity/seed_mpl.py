@@ -12,8 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lutserve.errors import UserError
+from lutserve.search.candidates import Candidate
+from lutserve.search.operators import Function, Operator
 from lutserve.search.sensitivity.task import Scores, Task
-from lutserve.search.simulation import tokens_of
 
 
 def scores(task: Task) -> Scores:
@@ -28,29 +30,29 @@ def scores(task: Task) -> Scores:
     block = sum(site.weights for site in simulation.arch.sites)
     found: Scores = {}
     for unit, names in task.units.items():
-        distortion = task.store.known[keys[simulation.block_of(names[0])]]
-        share = sum(simulation.sites[name].weights for name in names) / block
-        found[unit] = {
-            c.method: distortion * share * (16 - c.precision.weight) for c in task.candidates[unit]
-        }
+        distortion = task.store.known[keys[simulation.decoder[names[0]]]]
+        found[unit] = {}
+        for option in task.candidates[unit]:
+            if not isinstance(option, Candidate):
+                raise UserError("--sensitivity seed-mpl knows bits only, no tables; give fisher or kl")
+            share = sum(simulation.sites[name].weights for name in names) / block
+            found[unit][option.name] = distortion * share * (16 - option.precision.weight)
     task.done(1.0)
     return found
 
 
 def _energies(task: Task, names: list[str]) -> list[float]:
     """Mean over tokens of the squared norm of each layer's output."""
-    totals = [0.0] * len(names)
+    totals = dict.fromkeys(names, 0.0)
 
-    def add(index: int, module: object, inputs: object, output: Tensor) -> None:
-        totals[index] += float(output.square().sum(dtype=torch.float64))
+    def add(name: str, operator: Operator) -> Function:
+        def watched(x: Tensor) -> Tensor:
+            output = operator.exact(x)
+            totals[name] += float(output.square().sum(dtype=torch.float64))
+            return output
 
-    modules = [task.simulation.shards[name][0] for name in names]
-    handles = [module.register_forward_hook(partial(add, i)) for i, module in enumerate(modules)]
-    try:
-        for number, window in enumerate(task.windows):
-            task.done(number / len(task.windows))
-            task.simulation.log_probs(window)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [total / tokens_of(task.windows) for total in totals]
+        return watched
+
+    with task.simulation.replaced({name: partial(add, name) for name in names}):
+        task.simulation.hidden_of(task.windows)
+    return [total / task.tokens for total in totals.values()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lutserve.search.candidates import Candidate
+from lutserve.search.candidates import Option
 from lutserve.search.simulation import Simulation
 
 Scores = dict[str, dict[str, float]]
@@ -46,18 +46,23 @@ class Store:
 class Task:
     """One measurement.
 
-    units: name -> fused layers that take one candidate together. candidates: unit -> what it may take.
-    windows: token ids int64 [L] each. done: told the share that is finished.
+    units: name -> operators that take one option together. candidates: unit -> what it may take.
+    windows: token ids int64 [L] each, of one length. done: told the share that is finished.
     """
 
     simulation: Simulation
     units: Mapping[str, list[str]]
-    candidates: Mapping[str, Sequence[Candidate]]
+    candidates: Mapping[str, Sequence[Option]]
     windows: Sequence[Tensor]
     store: Store
     done: Callable[[float], None] = lambda share: None
 
-    def each(self) -> Iterator[tuple[str, Candidate]]:
+    @property
+    def tokens(self) -> int:
+        """Positions in all windows."""
+        return sum(len(window) for window in self.windows)
+
+    def each(self) -> Iterator[tuple[str, Option]]:
         """Every unit with every candidate; says what is done on the way."""
         pairs = [(unit, c) for unit in self.units for c in self.candidates[unit]]
         for number, pair in enumerate(pairs):
