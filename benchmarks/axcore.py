@@ -136,6 +136,7 @@ def fast_layers(generator: torch.Generator, n: int, k: int) -> dict[str, list[Ca
         weight = Fp4Weight(codes, scales, types, GROUP).dequantize().bfloat16()
         table, packed = torch.tensor(fpma.get("e2m1").values)[None, None], lut_gemm.pack(codes)
         ours, wide = linear16.pack(weight), lut_gemm.pack_scales(scales)
+        layers.setdefault("torch bf16", []).append(partial(_linear, weight))
         layers.setdefault("linear16", []).append(partial(_linear16, ours, n))
         layers.setdefault("4-bit table", []).append(partial(_table, packed, table, wide, n))
         layers.setdefault("axcore, E2M1", []).append(fast_layer(codes, scales, types))
