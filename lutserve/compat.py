@@ -185,7 +185,8 @@ def in_dummy_run() -> bool:
 
 
 def graph_rows() -> int:
-    """Most tokens of a step that vLLM replays from a CUDA graph; 0 where it captures none."""
-    config = get_current_vllm_config()
-    captures = current_platform.is_cuda() and config.compilation_config.max_cudagraph_capture_size
+    """Most tokens of a step that vLLM replays from a CUDA graph; 0 where it captures or builds nothing."""
+    config = get_current_vllm_config_or_none()
+    on_cuda = config is not None and current_platform.is_cuda()
+    captures = on_cuda and config.compilation_config.max_cudagraph_capture_size
     return int(captures or 0)
