@@ -16,6 +16,7 @@ from lutserve import (
     cli_eval,
     cli_formats,
     cli_lut,
+    cli_models,
     cli_outliers,
     cli_profile,
     cli_quantize,
@@ -48,7 +49,8 @@ app.add_typer(bench, name="bench")
 app.add_typer(cli_profile.app, name="profile")
 app.add_typer(cli_lut.app, name="lut")
 app.add_typer(cli_eval.app, name="eval")
-app.command(name="formats")(cli_formats.show)
+app.add_typer(cli_formats.app, name="formats")
+app.add_typer(cli_models.app, name="models")
 app.command(name="quantize")(cli_quantize.quantize)
 app.command(name="flops")(cli_search.flops)
 app.command(name="search")(cli_search.search)
@@ -258,23 +260,6 @@ def bench_throughput(
     )
     print(table)
     print(f"written to {path} and {path.with_suffix('.md')}", file=sys.stderr)
-
-
-@app.command(name="models")
-def list_models() -> None:
-    """List the model aliases, their sizes and which are on this machine."""
-    from rich.table import Table
-
-    from lutserve.console import for_tables
-    from lutserve.models import rows
-
-    table = Table(box=None, header_style="bold")
-    for heading in ("alias", "hub id", "parameters", "16-bit size", "present", "note"):
-        table.add_column(heading, no_wrap=heading != "note")
-    for row in rows():
-        size = f"{row.gigabytes:.1f} GB"
-        table.add_row(row.alias, row.hub_id, f"{row.parameters:g} B", size, row.present, row.note)
-    for_tables().print(table)
 
 
 @app.command()

@@ -29,7 +29,7 @@ def flops(
     from lutserve import recipe as recipes
     from lutserve.search import cost, seed
 
-    config = _config(model)
+    config = config_of(model)
     chosen = recipes.load(recipe) if recipe else recipes.from_model(config)
     if accounting == "exact":
         counts: dict[str, Any] = cost.account(config, chosen, tokens or 2048, context)
@@ -199,7 +199,7 @@ def _table(result: Result) -> None:
     )
 
 
-def _config(model: str) -> dict[str, Any]:
+def config_of(model: str) -> dict[str, Any]:
     """The `config.json` of a model, without its weights."""
     from lutserve import models
     from lutserve.recipe import read_json

@@ -9,15 +9,21 @@ from __future__ import annotations
 from vllm import _custom_ops as vllm_ops
 from vllm.config import (
     CompilationMode,
+    VllmConfig,
     get_current_vllm_config,
     get_current_vllm_config_or_none,
     get_layers_from_vllm_config,
     set_current_vllm_config,
 )
-from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+from vllm.distributed.parallel_state import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
-from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.forward_context import get_forward_context, is_forward_context_available, set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot
 from vllm.model_executor.layers.activation import (
@@ -38,6 +44,7 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNor
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
+    ReplicatedLinear,
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
@@ -120,16 +127,20 @@ __all__ = [
     "QuantizeMethodBase",
     "QuickGELU",
     "RMSNorm",
+    "ReplicatedLinear",
     "RoutedExperts",
     "SiluAndMul",
     "StatLoggerBase",
     "UnquantizedEmbeddingMethod",
     "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
+    "VllmConfig",
     "VocabParallelEmbedding",
     "current_model",
     "current_platform",
     "current_recipe",
+    "destroy_distributed_environment",
+    "destroy_model_parallel",
     "get_current_vllm_config",
     "get_layers_from_vllm_config",
     "get_model",
@@ -146,6 +157,7 @@ __all__ = [
     "register_quantization_config",
     "register_weight_loader_v2_supported_method",
     "set_current_vllm_config",
+    "set_forward_context",
     "vllm_ops",
     "with_cancellation",
 ]

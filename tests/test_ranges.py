@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from lutserve.cli import app
 from lutserve.errors import UserError
-from lutserve.profile import ranges
+from lutserve.profile import ranges, source
 from lutserve.profile.histogram import QUANTILES, Histogram
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -163,13 +163,13 @@ def test_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LUTSERVE_DATA", raising=False)
     monkeypatch.delenv("LUTSERVE_SHARED", raising=False)
     with pytest.raises(UserError, match="LUTSERVE_DATA"):
-        ranges.read_text("wikitext")
+        source.read_text("wikitext")
     for bad in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UserError, match=r"does not exist|cannot read"):
-            ranges.read_text(str(bad))
+            source.read_text(str(bad))
     monkeypatch.setenv("LUTSERVE_DATA", str(tmp_path))
     with pytest.raises(UserError, match="wikitext2_test"):
-        ranges.read_text("wikitext")
+        source.read_text("wikitext")
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_smollm2_like_the_recorded_statistics(shared: Path) -> None:
     """SiLU inputs and mean squares of the embedded model, recorded on other windows of the same text."""
     from lutserve import models
 
-    text = ranges.read_text(str(shared / "data"))
+    text = source.read_text(str(shared / "data"))
     report = ranges.profile(models.resolve("smollm2-135m"), text, window=1024, windows=2)
     silu, rsqrt = report["summary"]["silu"], report["summary"]["rsqrt"]
     assert -42 < silu["min"] < -30 and 40 < silu["max"] < 52

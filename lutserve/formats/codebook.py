@@ -104,12 +104,22 @@ class Codebook:
         UserError for a format of more than 4 bits.
         """
         largest = max(-self.values[0], self.values[-1])
-        relative = np.asarray(_padded(self.values, self.name)) / largest
-        for steps in range(1, 128):
+        table = _padded(self.values, self.name)
+        image = self.integers(127)
+        if image is not None:
+            steps = max(-image[0], image[-1])
+            return Int8Table((*image, *image[-1:] * (TABLE - len(image))), largest / steps, exact=True)
+        rounded = np.round(np.asarray(table) / largest * 127)
+        return Int8Table(tuple(int(i) for i in rounded), largest / 127, exact=False)
+
+    def integers(self, limit: int) -> tuple[int, ...] | None:
+        """The values in units of the largest step that divides them all; None if one exceeds `limit` then."""
+        relative = np.asarray(self.values) / max(-self.values[0], self.values[-1])
+        for steps in range(1, limit + 1):
             image = np.round(relative * steps)
             if np.abs(relative * steps - image).max() <= _EXACT * steps:
-                return Int8Table(tuple(int(i) for i in image), largest / steps, exact=True)
-        return Int8Table(tuple(int(i) for i in np.round(relative * 127)), largest / 127, exact=False)
+                return tuple(int(i) for i in image)
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """All that is known about the format, for `lutserve formats --json`."""

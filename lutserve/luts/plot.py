@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lutserve import luts
+from lutserve import figure, luts
 from lutserve.errors import UserError
 from lutserve.luts import bits
 
-SUFFIXES = (".png", ".svg")
 WINDOW = (-10.0, 10.0)
 """What is shown of a wide domain unless told otherwise."""
 
@@ -20,12 +19,8 @@ def plot(function: str, spec: str, fmt: bits.Format, span: tuple[float, float], 
 
     UserError if matplotlib is absent, the suffix is another one, or nothing in the range can be drawn.
     """
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"cannot draw {path}: the name must end in {' or '.join(SUFFIXES)}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib is not installed: pip install 'lutserve[plot]'") from None
+    figure.check(path)
+    drawing = figure.new(8, 6)
     x = bits.decode64(bits.PATTERNS, fmt)
     y = bits.decode64(luts.patterns(function, spec, fmt), fmt)
     exact = luts.exact_values(function, fmt)
@@ -34,8 +29,7 @@ def plot(function: str, spec: str, fmt: bits.Format, span: tuple[float, float], 
         raise UserError(f"{function} has no finite value in {span[0]:g}:{span[1]:g}; choose another range")
     order = np.argsort(x[wanted], kind="stable")
     x, y, exact = (v[wanted][order] for v in (x, y, exact))
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    above, below = drawing.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     above.plot(x, exact, linewidth=3, alpha=0.4, label=f"{function}, exact")
     above.plot(x, y, linewidth=1, label=f"{spec}, {fmt}")
     above.set_title(f"{function}  {spec}  {luts.digest(luts.patterns(function, spec, fmt))[:12]}")
@@ -43,10 +37,4 @@ def plot(function: str, spec: str, fmt: bits.Format, span: tuple[float, float], 
     below.plot(x, y - exact, linewidth=0.8)
     below.set_ylabel("error")
     below.set_xlabel("x")
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    try:
-        # Without the date the same table gives the same picture.
-        figure.savefig(partial, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    figure.save(drawing, path)

@@ -8,18 +8,14 @@ softmax_recip (the softmax's sum, before the reciprocal) and rsqrt (mean square 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lutserve.errors import UserError
-from lutserve.eval.texts import wikitext2
 from lutserve.profile.histogram import Histogram
+from lutserve.profile.source import load
 
 SCHEMA = "lutserve-ranges-1"
 #: class of an activation in torch or transformers -> site
@@ -63,21 +59,9 @@ def profile(
     """
     import transformers
 
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise UserError(f"--dtype {dtype}; allowed: bfloat16, float16, float32")
     transformers.AttentionInterface.register(_ATTENTION, _attention)
     transformers.AttentionMaskInterface.register(_ATTENTION, transformers.masking_utils.eager_mask)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        network = transformers.AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), attn_implementation=_ATTENTION
-        ).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {model}: {str(error).splitlines()[0]}") from None
-    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
-    parts = ids[: len(ids) // window * window].view(-1, window)[:windows]
-    if not len(parts):
-        raise UserError(f"the text has {len(ids)} tokens, less than one window of {window}")
+    network, parts = load(model, text, window, windows, dtype, attn_implementation=_ATTENTION)
     seen = watch(network)
     with torch.inference_mode():
         for number, part in enumerate(parts):
@@ -156,29 +140,3 @@ def _by_site(seen: Collected) -> dict[str, Histogram]:
     for (site, _), histogram in seen.items():
         sites.setdefault(site, Histogram()).merge(histogram)
     return sites
-
-
-def read_text(data: str) -> str:
-    """Return the text that --data names: a text file, "wikitext", or a folder with WikiText-2's test set."""
-    if data == "wikitext":
-        shared = os.environ.get("LUTSERVE_SHARED")
-        folder = os.environ.get("LUTSERVE_DATA") or (f"{shared}/data" if shared else "")
-        if not folder:
-            raise UserError("--data wikitext needs LUTSERVE_DATA, the folder with wikitext2_test.raw.gz")
-        data = folder
-    path = Path(data)
-    if path.is_dir():
-        text: str = wikitext2(path)
-        return text
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --data {data}: {error}") from None
-
-
-def write(report: dict[str, Any], output: Path) -> None:
-    """Write a report as JSON; the file is complete or as it was."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = output.with_name(f".{output.name}.{os.getpid()}")
-    partial_file.write_text(json.dumps(report, indent=1) + "\n")
-    partial_file.replace(output)

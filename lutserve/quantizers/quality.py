@@ -12,8 +12,8 @@ from torch import Tensor
 from lutserve.formats import Codebook
 from lutserve.quantizers.rtn import rtn
 
-#: degrees of freedom of Student's t behind each name; None is the normal distribution
-DISTRIBUTIONS: dict[str, float | None] = {"normal": None, "t5": 5.0, "t3": 3.0}
+#: random data: normal, Student's t with 5 and 3 degrees of freedom, and one with 5 behind a ReLU
+DISTRIBUTIONS = ("normal", "t5", "t3", "relu_t5")
 _SHAPE = (1024, 256)
 
 
@@ -31,7 +31,7 @@ def sqnr_on(distribution: str, codebook: Codebook, group_size: int = 128) -> flo
     """SQNR in dB of a format on 262,144 random numbers, the same ones every time.
 
     Args:
-        distribution: a key of DISTRIBUTIONS.
+        distribution: one of DISTRIBUTIONS.
         codebook: the format.
         group_size: numbers that share a scale, a divisor of 256.
 
@@ -44,8 +44,9 @@ def sqnr_on(distribution: str, codebook: Codebook, group_size: int = 128) -> flo
 def _data() -> dict[str, Tensor]:
     random = np.random.default_rng(1)
     # One generator for all of them, in this order: published figures can then be compared to the digit.
-    drawn = {
-        name: random.standard_normal(_SHAPE) if nu is None else random.standard_t(nu, _SHAPE)
-        for name, nu in DISTRIBUTIONS.items()
+    drawn = [random.standard_normal(_SHAPE), *(random.standard_t(nu, _SHAPE) for nu in (5, 3, 5))]
+    drawn[3] = np.maximum(drawn[3], 0)
+    return {
+        name: torch.from_numpy(values.astype(np.float32))
+        for name, values in zip(DISTRIBUTIONS, drawn, strict=True)
     }
-    return {name: torch.from_numpy(values.astype(np.float32)) for name, values in drawn.items()}

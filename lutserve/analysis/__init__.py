@@ -1,0 +1,1 @@
+"""Formats compared: their shapes and errors, published accuracy, and what a MAC unit of each costs."""
