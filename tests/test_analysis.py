@@ -173,6 +173,7 @@ def test_own_records(tmp_path: Path) -> None:
         pareto.own(tmp_path / "absent.json")
 
 
+@pytest.mark.slow
 def test_analysis_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole of it for a few formats: every table, picture and number is there."""
     monkeypatch.setattr(formats, "NAMES", ("int4", "nf4", "sf4_5", "int8"))

@@ -11,10 +11,12 @@ from lutserve.search import architecture, cost
 
 #: one of the 4-bit formats, which all take the same
 FORMAT = "nf4"
+#: what every checkpoint can be served with, and that format
+_METHODS = (*(name for name, method in METHODS.items() if not method.offline), FORMAT)
 
 
 def describe(
-    config: Mapping[str, Any], methods: Iterable[str] = (*METHODS, FORMAT), group_size: int | None = None
+    config: Mapping[str, Any], methods: Iterable[str] = _METHODS, group_size: int | None = None
 ) -> dict[str, Any]:
     """Sizes of a model from its `config.json`.
 
