@@ -187,8 +187,8 @@ def _show_times(report: dict[str, Any]) -> None:
     for row in report["rows"]:
         key = row["layer"], str(row["n"]), str(row["k"]), row["method"]
         shown.setdefault(key, []).append(f"{row['us']:.0f} ({row['us_min']:.0f}-{row['us_max']:.0f})")
-    for key, cells in shown.items():
-        table.add_row(*key, *cells)
+    for names, cells in shown.items():
+        table.add_row(*names, *cells)
     for_tables().print(table)
 
 
