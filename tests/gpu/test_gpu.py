@@ -46,7 +46,7 @@ def test_every_kernel_within_its_budget_and_the_page_current() -> None:
     compiled = aot.compile_all()
     for (kernel, architecture), used in compiled.items():
         where = f"{kernel.name} on sm_{architecture}"
-        assert used.stack <= kernel.stack and used.spills == 0, f"{where} spills"
+        assert used.stack <= kernel.stack and used.spills <= kernel.spills, f"{where} spills"
         assert used.registers <= kernel.registers, f"{where} uses {used.registers} registers"
         assert used.shared <= 1024 * kernel.shared, f"{where} uses {used.shared} bytes of shared memory"
         assert bool(used.mma) == kernel.mma, f"{where}: tensor cores: {used.mma or 'none'}"

@@ -10,8 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import triton.language as tl
+
 from lutserve.kernels import kv4
-from lutserve.kernels.gpu import activation, attention, attention_steps, int8, kv4_attention, mixq, norm
+from lutserve.kernels.gpu import (
+    activation,
+    attention,
+    attention_steps,
+    axcore,
+    int8,
+    kv4_attention,
+    lut_gemm,
+    mixq,
+    norm,
+)
 from lutserve.kernels.gpu import kv4 as kv4_write
 
 
@@ -24,7 +36,8 @@ class Kernel:
     bytes), as the JIT finds them for ordinary tensors. registers: the most a thread may use. shared: the most
     KiB of shared memory a block may use. stack: bytes that a call of the division's slow path may take, which
     are no spills. mma: the instructions of tensor cores are there (or must not be).
-    fusion: products and sums may be contracted; bit-exact kernels say False.
+    fusion: products and sums may be contracted; bit-exact kernels say False. spills: the most loads and
+    stores of spilled registers.
     """
 
     name: str
@@ -38,6 +51,7 @@ class Kernel:
     warps: int = 4
     stages: int = 3
     fusion: bool = True
+    spills: int = 0
     architectures: tuple[int, ...] = (80, 90)
 
 
@@ -165,6 +179,51 @@ def _kv4_write(by_unit: bool, registers: int, shared: int) -> Kernel:
     )
 
 
+def _gemm(
+    name: str,
+    dtype: str,
+    registers: int,
+    shared: int,
+    warps: int,
+    stages: int,
+    spills: int = 0,
+    **constants: Any,
+) -> Kernel:
+    """One form of the look-up GEMM, with 16-bit activations of `dtype` or int8 ones, without bias."""
+    int8 = dtype == "i8"
+    out = "fp32" if constants["SPLITS"] > 1 else "fp16" if int8 else dtype
+    optional = {"x_scales": "*fp32:16"} if int8 else {}
+    if constants["TYPED"]:
+        optional = {"tables": "*i32:16", "types": "*u8:16"}
+    return Kernel(
+        name,
+        lut_gemm.gemm_kernel,
+        {
+            **{"x": f"*{dtype}:16", "packed": "*i32:16", "codebooks": "*fp32:16", "scales": "*fp32:16"},
+            **{"out": f"*{out}:16", "m_size": "i32", "n_size": "i32:16", "k_size": "i32:16"},
+            **{"group_size": "i32:16", "groups": "i32:16", "class_stride": "i32:16", "row_stride": "i32:16"},
+            **optional,
+        },
+        {
+            **{name: None for name in ("x_scales", "tables", "types", "bias") if name not in optional},
+            **{"INT8": int8, "BIASED": False, "WHOLE": True},
+            **{"dtype": {"fp16": tl.float16, "bf16": tl.bfloat16, "i8": tl.int8}[dtype]},
+            **constants,
+        },
+        registers,
+        shared,
+        mma=True,
+        warps=warps,
+        stages=stages,
+        spills=spills,
+        stack=8 * spills,
+    )
+
+
+_SMALL = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLITS": 4}
+_LARGE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "SPLITS": 1}
+_CLASSES = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLITS": 1}
+
 KERNELS = (
     Kernel(
         "act_and_mul, fp16",
@@ -252,4 +311,44 @@ KERNELS = (
     _kv4_write(True, registers=128, shared=16),
     _kv4("bf16", False, 16, 8, registers=160, shared=32),
     _kv4("bf16", True, 16, 8, registers=255, shared=32),
+    _gemm("lut_gemm, 16 rows, fp16", "fp16", 255, 100, 4, 4, CLASSES=1, TYPED=False, **_SMALL),
+    _gemm("lut_gemm, 16 rows, int8", "i8", 255, 100, 4, 4, CLASSES=1, TYPED=False, **_SMALL),
+    _gemm("lut_gemm, 16 rows, fp16, 2 classes", "fp16", 255, 100, 4, 4, CLASSES=2, TYPED=False, **_SMALL),
+    _gemm("lut_gemm, 128 rows, bf16", "bf16", 255, 160, 8, 3, CLASSES=1, TYPED=False, **_LARGE),
+    _gemm(
+        "lut_gemm, 32 rows, fp16, 7 classes",
+        "fp16",
+        255,
+        160,
+        4,
+        1,
+        spills=32,
+        CLASSES=7,
+        TYPED=True,
+        **_CLASSES,
+    ),
+    Kernel(
+        "axcore_strict",
+        axcore.strict_kernel,
+        {
+            **{"x": "*fp16:16", "packed": "*i32:16", "scales": "*fp16:16", "products": "*fp16:16"},
+            **{"types": "*u8:16", "out": "*fp16:16", "m_size": "i32", "n_size": "i32:16", "octets": "i32:16"},
+            **{"group_octets": "i32:16", "row_stride": "i32:16"},
+        },
+        {"bias": None, "TYPED": True, "FPMA": False, "BIASED": False, "BLOCK_M": 16, "BLOCK_N": 64},
+        registers=255,
+        fusion=False,
+    ),
+    Kernel(
+        "fpma_linear",
+        axcore.uniform_kernel,
+        {
+            **{"x": "*fp16:16", "weight": "*fp16:16", "out": "*fp16:16", "m_size": "i32", "n_size": "i32:16"},
+            **{"k_size": "i32:16", "row_stride": "i32:16", "compensation": "i32", "tile": "i32:16"},
+        },
+        {"bias": None, "BIASED": False, "BLOCK_M": 16, "BLOCK_N": 64},
+        registers=255,
+        shared=4,
+        fusion=False,
+    ),
 )

@@ -1,7 +1,7 @@
-"""Conversions between fp32 and 16-bit floats that are exact in Triton's interpreter as well.
+"""Conversions and products of 16-bit floats that are exact in Triton's interpreter as well.
 
-The interpreter truncates fp32 to bf16 and misreads subnormal bf16, so there integers do it; on a device these
-are one instruction each.
+The interpreter truncates fp32 to bf16, misreads subnormal bf16 and multiplies matrices of bf16 as integers,
+so there it gets other steps; on a device each of these is what its name says.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ if triton.knobs.runtime.interpret:
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
             return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         return x.to(dtype)
+
+    @triton.jit
+    def dot(a, b):
+        """Return a @ b with sums in fp32, or in int32 for int8."""
+        if a.dtype == tl.int8:
+            return tl.dot(a, b)
+        return tl.dot(widen(a), widen(b))
 else:
 
     @triton.jit
@@ -37,3 +44,8 @@ else:
     def narrow(x, dtype: tl.constexpr):
         """Return fp32 x in dtype, rounded to nearest even."""
         return x.to(dtype)
+
+    @triton.jit
+    def dot(a, b):
+        """Return a @ b with sums in fp32, or in int32 for int8."""
+        return tl.dot(a, b)
