@@ -289,6 +289,7 @@ KERNELS = (
         },
         {"PAIRED": True, "BLOCK": 16, "SIZE": 128, "WIDTH": 128},
         registers=64,
+        shared=1,
         warps=1,
     ),
     _attention("bf16", 16, 8, registers=255, shared=64),
