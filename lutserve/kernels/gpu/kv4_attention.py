@@ -183,7 +183,7 @@ def kv4_attention_kernel(
         total = tl.zeros([ROWS], tl.float32)
         sums = ()
         for _ in tl.static_range(GROUPS):
-            sums = sums + (tl.zeros([ROWS, _GROUP], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+            sums = sums + (tl.zeros([ROWS, _GROUP], tl.float32),)  # noqa: RUF005
         # fp16 entries of a table are their own weights, in bf16 models weights are bf16, scales included.
         DTYPE: tl.constexpr = out_ptr.dtype.element_ty
         EXACT: tl.constexpr = (tl.float16 == DTYPE) and (exp_ptr is None or value_ptr is None)
@@ -241,7 +241,7 @@ def kv4_attention_kernel(
                         own = seen & (complete == 0)
                         w = tl.where(own, e, 0.0).to(WEIGHT)
                         result = steps.product_of_seen(result, w, raw, own)
-                new = new + (result,)  # type: ignore[assignment]  # noqa: RUF005
+                new = new + (result,)  # noqa: RUF005
             sums = new
         if SPLITS > 1:
             scratch += split.to(tl.int64) * parts
