@@ -141,7 +141,7 @@ def to_w8a8(folder: Path, out: Path) -> Path:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         raise UserError(f"{folder} is no model written by random_llama: it has no {index.name}")
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": _w8a8_config()}
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": w8a8_config()}
     if _complete(out, config):
         return out
 
@@ -216,7 +216,8 @@ def _quantized(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: codes, name.removesuffix("weight") + "weight_scale": scale}
 
 
-def _w8a8_config() -> dict[str, Any]:
+def w8a8_config() -> dict[str, Any]:
+    """Return the `quantization_config` of `to_w8a8`."""
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
     activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}

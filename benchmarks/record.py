@@ -26,6 +26,13 @@ def spread(microseconds: Sequence[float]) -> list[float]:
     return [round(q, 1) for q in (fifths[0], statistics.median(microseconds), fifths[3])]
 
 
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a record in one step, so that a reader never sees half a file."""
+    new = path.with_suffix(".tmp")
+    new.write_text(json.dumps(record, indent=1) + "\n")
+    new.replace(path)
+
+
 def report(
     name: str, cases: Iterable[tuple[str, Timings]], output: Path, threads: int, note: str = ""
 ) -> None:
@@ -59,7 +66,5 @@ def report(
     for_tables().print(table)
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{name}_{datetime.now():%Y-%m-%dT%H-%M-%S}.json"
-    new = path.with_suffix(".tmp")
-    new.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
-    new.replace(path)
+    write(path, record | {"results": results})
     print(f"written to {path}", file=sys.stderr)
