@@ -136,7 +136,7 @@ class Checkpoint(StoredModel):
             return Fp4Weight(unpack(packed, k), scales, self.tensor(f"{name}.{TYPE}"), group)
         values = [float(v) for v in self.tensor(f"{name}.{CODEBOOK}")]
         # A repeated last value is padding.
-        codebook = Codebook(str(self.group["method"]), tuple(dict.fromkeys(values)))
+        codebook = Codebook(str(self._made(name)["method"]), tuple(dict.fromkeys(values)))
         packed = self.tensor(f"{name}.{PACKED}")
         k, group = self._columns(name, packed.shape[1], scales.shape[1])
         return QuantizedWeight(unpack(packed, k), scales, codebook, group)
@@ -176,6 +176,9 @@ class Checkpoint(StoredModel):
     def title(self) -> str:
         """What it is, in a few words."""
         algo, group = self.report["settings"].get("algo", "unknown"), self.group
+        if self.report["settings"].get("layers"):
+            kinds = sorted({str(self._made(name)["method"]) for name in self.layers})
+            return f"{', '.join(kinds)} by {algo}, as a recipe says"
         return f"{group['method']} by {algo}, groups of {group['group_size']}"
 
     @property
@@ -194,7 +197,12 @@ class Checkpoint(StoredModel):
         """Columns and group size of a layer from its packed columns and its groups."""
         # Packing hides whether the last of 2 * packed columns exists; the report knows.
         k = int(self.report["layers"].get(name, {}).get("columns", 2 * packed))
-        return k, k if groups == 1 else int(self.group["group_size"])
+        return k, k if groups == 1 else int(self._made(name)["group_size"])
+
+    def _made(self, name: str) -> dict[str, Any]:
+        """Method and group size of a layer."""
+        made: dict[str, Any] = self.report["layers"].get(name, {})
+        return self.group | made
 
 
 def _natural(name: str) -> list[Any]:

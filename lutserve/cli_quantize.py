@@ -37,6 +37,10 @@ def quantize(
             "--algo", "--woq_algo", help="rtn, gptq, awq or smoothquant. Default: rtn, for quik4 gptq."
         ),
     ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Recipe file, e.g. of `lutserve search`, instead of --method: formats by layer."),
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
@@ -139,17 +143,32 @@ def quantize(
     if against is not None:
         raise UserError(f"--against {against} goes with --inspect DIR")
     from lutserve import methods
+    from lutserve import recipe as recipes
     from lutserve.quantizers.settings import Settings
 
     if output is None:
         raise UserError("say where to write: -o DIR")
     if scheme != "sym":
         raise UserError(f"--scheme {scheme}: only sym can be served; asym is in lutserve.quantizers.rtn")
-    name = _method(method, bits, activations)
+    if recipe is None:
+        layers, name = None, _method(method, bits, activations)
+        kind = methods.get(name)
+        usual, size = "gptq" if kind.offline else "rtn", kind.group_size
+    else:
+        given = {"--method": method, "--group-size": group_size, "--bits": bits}
+        given |= {
+            "--enable_activation": activations or None,
+            "--ignore": ignore if ignore != "lm_head" else None,
+        }
+        for option, value in given.items():
+            if value is not None:
+                raise UserError(f"--recipe says for each layer what {option} says for all; give one of them")
+        layers, name, usual, size = recipes.load(recipe), "", "rtn", Settings.group_size
     settings = Settings(
         method=name,
-        algo=(algo or ("gptq" if methods.get(name).offline else "rtn")).lower(),
-        group_size=methods.get(name).group_size if group_size is None else group_size,
+        layers=layers,
+        algo=(algo or usual).lower(),
+        group_size=size if group_size is None else group_size,
         ignore=tuple(name.strip() for name in ignore.split(",") if name.strip()),
         mse=mse,
         full_range=full_range,
@@ -166,7 +185,7 @@ def quantize(
 def _method(method: str | None, bits: int | None, activations: bool) -> str:
     """The method's name from the options that spell it."""
     if method is None:
-        raise UserError("say into which format: --method NAME, e.g. sf4_5 or nf4 (`lutserve formats`)")
+        raise UserError("say into which format: --method NAME (`lutserve formats`), or --recipe FILE")
     if method == "int":
         if bits is None:
             raise UserError("--method int needs --bits, e.g. --bits 4; or give int4")

@@ -250,7 +250,8 @@ def test_axcore_chooses_by_what_the_layer_reads():
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(64, 64, generator=generator) - 0.5
     weight[:, 32:] *= (torch.randn(64, 32, generator=generator) * 4).exp2()
-    quantizer = BlockQuantizer(settings("axcore", group_size=64), None, print)
+    made = settings("axcore", group_size=64)
+    quantizer, group = BlockQuantizer(made, None, print), made.recipe.group_for("a")
     chosen = {}
     for silent in (slice(0, 32), slice(32, 64)):
         entry = Inputs.empty(64, rows=8)
@@ -259,7 +260,7 @@ def test_axcore_chooses_by_what_the_layer_reads():
             x[..., silent] = 0
             entry.add(x)
         assert [len(rows) for rows in entry.kept] == [8] * 6
-        layer = quantizer.round("a", weight, entry).weight
+        layer = quantizer.round("a", weight, entry, group).weight
         assert torch.equal(layer.types, axcore(weight, 64, x=torch.cat(entry.kept)).types)
         chosen[silent.start] = layer.types.item()
     assert chosen[0] != chosen[32]

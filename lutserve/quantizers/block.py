@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lutserve import methods
 from lutserve.errors import UserError
 from lutserve.luts.fpma import ARITHMETICS
 from lutserve.quantizers import awq, folding, integers
@@ -24,6 +22,7 @@ from lutserve.quantizers.settings import Settings
 from lutserve.quantizers.smoothquant import smooth_scale
 from lutserve.quantizers.statistics import Inputs
 from lutserve.quantizers.weight import QuantizedWeight
+from lutserve.recipe import Group
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +32,14 @@ class Layer:
     weight: QuantizedWeight | IntegerWeight | Fp4Weight
     weight_sqnr: float
     output_sqnr: float | None
+    group: Group
 
     def report(self) -> dict[str, Any]:
         """What is written about the layer; errors in hundredths of a dB."""
         errors = {"weight_sqnr_db": self.weight_sqnr, "output_sqnr_db": self.output_sqnr}
         known = {key: round(value, 2) for key, value in errors.items() if value is not None}
-        return {"columns": self.weight.codes.shape[1], **known}
+        facts = {"method": self.group.method, "group_size": self.group.group_size}
+        return facts | {"columns": self.weight.codes.shape[1], **known}
 
 
 @dataclass(eq=False)
@@ -56,10 +57,6 @@ class BlockQuantizer:
     def __post_init__(self) -> None:
         self._folds: dict[tuple[str, ...], folding.Fold | None] = {}
 
-    @cached_property
-    def _form(self) -> dict[str, Any]:
-        return {"fmt": self.settings.codebook, "group_size": self.settings.group_size}
-
     @torch.no_grad()
     def fold(
         self,
@@ -69,6 +66,7 @@ class BlockQuantizer:
         sample: Tensor,
         arguments: dict[str, Any],
         dtypes: dict[str, torch.dtype],
+        groups: Mapping[str, Group],
     ) -> None:
         """Scale input channels as SmoothQuant or AWQ wants, dividing in the module before.
 
@@ -79,6 +77,7 @@ class BlockQuantizer:
             sample: hidden states [1, L, H] to find the modules with.
             arguments: what else the block is called with.
             dtypes: how the parameters of the block are stored.
+            groups: the format of every layer that is quantised; what only others read is left as it is.
 
         """
         steps: list[Callable[..., Tensor]] = [self._smooth] if self.settings.smoothing is not None else []
@@ -86,10 +85,13 @@ class BlockQuantizer:
         for choose in steps:
             plans = []
             for entry in inputs:
+                group = next((groups[name] for name in entry.layers if name in groups), None)
+                if group is None:
+                    continue
                 fold = self._find(block, linears, entry, sample, arguments)
                 if fold is not None:
                     weights = [linears[name].weight for name in entry.layers]
-                    plans.append((entry, fold, choose(entry, fold, weights)))
+                    plans.append((entry, fold, choose(entry, fold, weights, group)))
             # After all are chosen: dividing a layer's rows changes the weights that its own choice was for.
             for entry, fold, scale in plans:
                 real = fold.apply(block, fold.tie(scale), dtypes)
@@ -98,19 +100,18 @@ class BlockQuantizer:
                 entry.rescale(real)
 
     @torch.no_grad()
-    def round(self, name: str, weight: Tensor, entry: Inputs | None) -> Layer:
+    def round(self, name: str, weight: Tensor, entry: Inputs | None, group: Group) -> Layer:
         """Quantise a (folded) weight [N, K]; `entry` is what the layer reads, if there was calibration."""
         settings, hessian = self.settings, entry.hessian if entry else None
         quantized: QuantizedWeight | IntegerWeight | Fp4Weight
         if settings.integers:
             absmax, leaf = entry.absmax if entry else None, name.rpartition(".")[2]
-            method = methods.get(settings.method)
-            quantized = integers.quantize(method, leaf, weight, absmax, hessian, settings.damping)
+            quantized = integers.quantize(group.arithmetic, leaf, weight, absmax, hessian, settings.damping)
         elif settings.adaptive:
             assert entry is not None
-            x, compensation = torch.cat(entry.kept), ARITHMETICS[settings.method].compensation
+            x, compensation = torch.cat(entry.kept), ARITHMETICS[group.method].compensation
             try:
-                quantized = axcore(weight, settings.group_size, x=x, compensation=compensation)
+                quantized = axcore(weight, group.group_size, x=x, compensation=compensation)
             except UserError as error:
                 raise UserError(f"{name}: {error}; name it in --ignore") from None
         elif settings.algo == "gptq":
@@ -118,7 +119,7 @@ class BlockQuantizer:
             quantized = gptq(
                 weight,
                 hessian,
-                **self._form,
+                **_form(group),
                 act_order=settings.act_order,
                 static_groups=True,
                 damping=settings.damping,
@@ -127,30 +128,30 @@ class BlockQuantizer:
         elif settings.algo == "awq":
             assert hessian is not None
             ratio = awq.search_clip(
-                weight, lambda rounded: awq.output_error(hessian, rounded - weight), **self._form
+                weight, lambda rounded: awq.output_error(hessian, rounded - weight), **_form(group)
             )
-            quantized = rtn(weight, **self._form, quantile=ratio)
+            quantized = rtn(weight, **_form(group), quantile=ratio)
         else:
-            quantized = rtn(weight, **self._form, full_range=settings.full_range, mse=settings.mse)
+            quantized = rtn(weight, **_form(group), full_range=settings.full_range, mse=settings.mse)
         rounded = quantized.dequantize()
         output = None
         if hessian is not None:
             signal = awq.output_error(hessian, weight)
             noise = awq.output_error(hessian, rounded - weight)
             output = _decibel(signal, noise)
-        return Layer(quantized, sqnr(weight, rounded), output)
+        return Layer(quantized, sqnr(weight, rounded), output, group)
 
-    def _smooth(self, entry: Inputs, fold: folding.Fold, weights: list[Tensor]) -> Tensor:
+    def _smooth(self, entry: Inputs, fold: folding.Fold, weights: list[Tensor], group: Group) -> Tensor:
         alpha = self.settings.smoothing
         assert alpha is not None
         return smooth_scale(entry.absmax, weights, alpha)
 
-    def _awq(self, entry: Inputs, fold: folding.Fold, weights: list[Tensor]) -> Tensor:
+    def _awq(self, entry: Inputs, fold: folding.Fold, weights: list[Tensor], group: Group) -> Tensor:
         def loss(rounded: list[Tensor]) -> float:
             pairs = zip(rounded, weights, strict=True)
             return sum(awq.output_error(entry.hessian, new - old) for new, old in pairs)
 
-        return awq.search_scale(weights, entry.absmean, loss, **self._form, tie=fold.tie).scale
+        return awq.search_scale(weights, entry.absmean, loss, **_form(group), tie=fold.tie).scale
 
     def _find(
         self,
@@ -168,6 +169,10 @@ class BlockQuantizer:
         if fold is None and not known:
             self.say(f"{', '.join(key)}: no norm or linear layer before can take a scale; left unscaled")
         return fold
+
+
+def _form(group: Group) -> dict[str, Any]:
+    return {"fmt": group.codebook, "group_size": group.group_size}
 
 
 def reader(inputs: Collection[Inputs], name: str) -> Inputs | None:

@@ -12,19 +12,22 @@ from lutserve.quantizers.settings import Settings
 
 def command(model: str, output: str, settings: Settings, text: str) -> str:
     """The command line that makes the folder, with only the options that differ from their defaults."""
-    words = ["lutserve", "quantize", model, "--method", settings.method, "--algo", settings.algo]
-    words += [] if settings.integers else ["--group-size", str(settings.group_size)]
-    default = Settings(settings.method, settings.algo)
+    words, algo = ["lutserve", "quantize", model], ["--algo", settings.algo]
+    if settings.layers is None:
+        words += ["--method", settings.method, *algo]
+        words += [] if settings.integers else ["--group-size", str(settings.group_size)]
+    else:
+        words += ["--recipe", "recipe.json", *algo]
     options = {
-        "--alpha": (settings.alpha, default.alpha),
-        "--damping": (settings.damping, default.damping),
-        "--block-size": (settings.block_size, default.block_size),
-        "--ignore": (",".join(settings.ignore), ",".join(default.ignore)),
+        "--alpha": (settings.alpha, Settings.alpha),
+        "--damping": (settings.damping, Settings.damping),
+        "--block-size": (settings.block_size, Settings.block_size),
+        "--ignore": (",".join(settings.ignore), ",".join(Settings.ignore)),
     }
     if settings.calibrated:
         words += ["--calibration", text]
-        options["--samples"] = (settings.samples, default.samples)
-        options["--sequence-length"] = (settings.length, default.length)
+        options["--samples"] = (settings.samples, Settings.samples)
+        options["--sequence-length"] = (settings.length, Settings.length)
     for option, (value, usual) in options.items():
         words += [option, str(value)] if value != usual else []
     flags = {
@@ -47,18 +50,23 @@ def text(model: str, output: str, settings: Settings, calibration: str, layers: 
         layers: the report, by layer.
 
     """
+    stored = [group for group in settings.recipe.config_groups.values() if group.stored]
+    books = {group.codebook.name: group.codebook for group in stored if group.arithmetic.family == "codebook"}
+    name = ", ".join(books) or settings.method
     share = "a row" if settings.group_size == -1 else f"for {settings.group_size} weights"
-    name, values = settings.method, []
+    values = []
+    for book in books.values():
+        values += ["Codebook: " + ", ".join(f"{value:.9g}" for value in book.values) + ".", ""]
     if settings.integers:
         about = f"The linear layers of {model} as integers, one fp32 scale a row, in the layout of MixQ."
     elif settings.adaptive:
         form = f"4-bit floats, a format for each block of 64 rows and a group, one fp16 scale {share}"
         about = f"The linear layers of {model} as {form}."
         values = ["Formats: E3M0, E2M1 and E1M2, chosen by the output's error on the calibration text.", ""]
-    else:
-        name = settings.codebook.name
-        values = ["Codebook: " + ", ".join(f"{value:.9g}" for value in settings.codebook.values) + ".", ""]
+    elif settings.layers is None:
         about = f"The linear layers of {model} as indices into a codebook, one fp32 scale {share}."
+    else:
+        about = f"Linear layers of {model} as indices into codebooks, as the recipe in config.json says."
     bits = 8 if name in ("int8", "mix8") else 4
     measured = all("output_sqnr_db" in layer for layer in layers.values())
     lines = [

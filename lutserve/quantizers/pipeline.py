@@ -24,6 +24,8 @@ from lutserve.quantizers.settings import Settings
 from lutserve.quantizers.skeleton import Skeleton, run_block
 from lutserve.quantizers.source import Source
 from lutserve.quantizers.statistics import Inputs, collect
+from lutserve.recipe import Group
+from lutserve.search import architecture
 
 #: tokens of each calibration window that formats are chosen with
 _ROWS = 32
@@ -88,7 +90,8 @@ def quantize(
         run.blocks(windows)
         layers = partial.reports(len(skeleton.blocks))
         if not layers:
-            raise UserError(f"no linear layer left to quantise: --ignore {','.join(settings.ignore)}")
+            why = "the recipe names none" if settings.layers else f"--ignore {','.join(settings.ignore)}"
+            raise UserError(f"no linear layer left to quantise: {why}")
         config = source.config | {"quantization_config": settings.recipe.to_config()}
         report = {"settings": settings.to_json(), "layers": layers}
         extras = {
@@ -113,6 +116,8 @@ class _Run:
         if head_size is None and getattr(skeleton.config, "num_attention_heads", None):
             head_size = skeleton.config.hidden_size // skeleton.config.num_attention_heads
         self.quantizer = BlockQuantizer(settings, head_size, say)
+        self.recipe = settings.recipe
+        self.fused = architecture.fused(skeleton.source.config) if settings.layers else {}
 
     def blocks(self, windows: list[Tensor]) -> None:
         """Make every block that is not done."""
@@ -136,7 +141,9 @@ class _Run:
     def _block(self, index: int, total: int, hidden: list[Tensor], arguments: dict[str, Any]) -> None:
         """Make block `index`; `hidden`, what enters it, becomes what leaves it."""
         block, linears = self.skeleton.fill(index), self.skeleton.linears(index)
-        targets = {n: m for n, m in linears.items() if not self._ignored(index, n)}
+        groups = {name: self._group(index, name) for name in linears}
+        groups = {name: group for name, group in groups.items() if group.stored}
+        targets = {name: linears[name] for name in groups}
         step = _Progress(self.watch, index, total, len(targets), len(hidden))
         inputs: list[Inputs] = []
         if hidden:
@@ -145,11 +152,13 @@ class _Run:
                 rows = _ROWS if self.settings.adaptive else 0
                 inputs = collect(block, linears, hidden, arguments, not sequential, step.sample, rows)
             with step("choosing scales", 0.1):
-                self.quantizer.fold(block, linears, inputs, sample, arguments, self._dtypes(index, block))
+                dtypes = self._dtypes(index, block)
+                self.quantizer.fold(block, linears, inputs, sample, arguments, dtypes, groups)
         layers: dict[str, Layer] = {}
         for name, linear in targets.items():
             with step(name, 0.4 / len(targets)):
-                layers[name] = self.quantizer.round(name, linear.weight, reader(inputs, name))
+                entry = reader(inputs, name)
+                layers[name] = self.quantizer.round(name, linear.weight, entry, groups[name])
         tensors = self._block_tensors(index, block, layers)
         if hidden and sequential:
             with step("running on", 0.1):
@@ -164,9 +173,11 @@ class _Run:
             self.partial.save_hidden(index + 1, hidden)
         self.watch(Step(index + 1, total, "", (index + 1) / total))
 
-    def _ignored(self, index: int, name: str) -> bool:
+    def _group(self, index: int, name: str) -> Group:
+        """What the recipe makes of a layer, by its own name or that of the fused layer that it is part of."""
         full = self.skeleton.stored_name(index, f"{name}.weight").removesuffix(".weight")
-        return self.settings.recipe.group_for(full).method == "none"
+        prefix, parts = self.fused.get(full, (full, ()))
+        return self.recipe.group_for(prefix, parts)
 
     def _dtypes(self, index: int, block: nn.Module) -> dict[str, torch.dtype]:
         stored, dtypes = self.skeleton.stored_name, self.skeleton.dtypes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lutserve import formats, methods
@@ -34,11 +34,13 @@ class Settings:
     act_order, damping, block_size: gptq. With act_order groups stay groups of neighbouring columns.
     alpha: smoothing exponent; default 0.5 for smoothquant and none for the others.
     samples, length: calibration windows and tokens in each.
+    layers: a recipe instead of method, group_size and ignore; what it gives a 4-bit format is quantised, the
+        rest of it is done while the result is loaded.
 
     UserError for values that are not allowed or do not go together.
     """
 
-    method: str
+    method: str = ""
     algo: str = "rtn"
     group_size: int = 128
     ignore: tuple[str, ...] = ("lm_head",)
@@ -50,9 +52,12 @@ class Settings:
     alpha: float | None = None
     samples: int = 128
     length: int = 512
+    layers: Recipe | None = None
 
     def __post_init__(self) -> None:
-        if not self.integers and not self.adaptive and methods.get(self.method).family != "codebook":
+        if self.layers is not None:
+            self._check_recipe()
+        elif not self.integers and not self.adaptive and methods.get(self.method).family != "codebook":
             raise UserError(
                 f"{self.method} is quantised while it is loaded, not before; give a 4-bit format or one of "
                 f"{', '.join((*methods.ADAPTIVE, *WRITTEN))}"
@@ -79,6 +84,16 @@ class Settings:
         if self.samples < 1 or self.length < 2:
             raise UserError("--samples must be 1 or more, --sequence-length 2 or more")
         assert self.recipe.quantizes
+
+    def _check_recipe(self) -> None:
+        if self.full_range:
+            raise UserError("--full-range is for integers alone; a recipe has several formats")
+        groups = self.recipe.config_groups.values()
+        if not any(group.stored for group in groups):
+            raise UserError("the recipe has no 4-bit format, so there is nothing to do before it is served")
+        offline = {group.method for group in groups if group.arithmetic.offline}
+        if offline:
+            raise UserError(f"the recipe has {', '.join(offline)}, which only --method makes, for all layers")
 
     def _check_integers(self) -> None:
         allowed = _INTEGER_ALGORITHMS[self.method]
@@ -107,6 +122,12 @@ class Settings:
     @property
     def recipe(self) -> Recipe:
         """What the result's `config.json` carries."""
+        if self.layers is not None:
+            groups = {
+                name: group.model_copy(update={"stored": group.arithmetic.family == "codebook"})
+                for name, group in self.layers.config_groups.items()
+            }
+            return self.layers.model_copy(update={"config_groups": groups})
         size = -1 if self.integers else self.group_size
         group = {"method": self.method, "group_size": size, "stored": True}
         return parse({"config_groups": {"default": group}, "ignore": self.ignore}, "options")
@@ -122,12 +143,18 @@ class Settings:
     def calibrated(self) -> bool:
         """Whether calibration text is needed."""
         found = self.algo != "rtn" or self.smoothing is not None or self.adaptive
-        return found or methods.get(self.method).outliers
+        return found or (self.layers is None and methods.get(self.method).outliers)
 
     def to_json(self) -> dict[str, Any]:
         """All fields that have a say; the codebook by its values, whatever its file is called."""
-        data = asdict(self) | {"ignore": list(self.ignore)}
-        if not self.integers and not self.adaptive:
-            data["values"] = list(self.codebook.values)
-        calibration = ("samples", "length")
-        return {key: value for key, value in data.items() if self.calibrated or key not in calibration}
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.layers is not None:
+            data["layers"] = self.layers.to_config()
+            unused = {"method", "group_size", "ignore"}
+        else:
+            data["ignore"] = list(self.ignore)
+            if not self.integers and not self.adaptive:
+                data["values"] = list(self.codebook.values)
+            unused = {"layers"}
+        unused |= set() if self.calibrated else {"samples", "length"}
+        return {key: value for key, value in data.items() if key not in unused}

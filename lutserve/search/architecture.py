@@ -105,6 +105,20 @@ def of(config: Mapping[str, Any]) -> Architecture:
         raise UserError(f"config.json of a {family} model has no {error}") from None
 
 
+def fused(config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Name of the fused layer of every part that a checkpoint has, and the names of all parts of it.
+
+    UserError as `of`.
+    """
+    arch = of(config)
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for layer in range(arch.layers):
+        for site in arch.sites:
+            parts = tuple(f"{arch.blocks}.{layer}.{shard}" for shard in site.shards)
+            found |= dict.fromkeys(parts, (arch.prefix(layer, site), parts))
+    return found
+
+
 def _llama(config: Mapping[str, Any]) -> Architecture:
     family = config["model_type"]
     hidden, layers, heads = (
