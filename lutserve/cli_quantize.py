@@ -16,6 +16,7 @@ from lutserve.errors import UserError
 if TYPE_CHECKING:
     from lutserve.quantizers.settings import Settings
     from lutserve.quantizers.source import Source
+    from lutserve.recipe import Recipe
 
 
 def quantize(
@@ -121,6 +122,12 @@ def quantize(
             "--enable_activation", "--woq_enable_activation", help="The same as +a4 after the method."
         ),
     ] = False,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="lutserve, or compressed-tensors: none, int8 and int4 rounded to nearest, for vLLM alone."
+        ),
+    ] = "lutserve",
     inspect: Annotated[
         Path | None,
         typer.Option(
@@ -148,6 +155,8 @@ def quantize(
 
     if output is None:
         raise UserError("say where to write: -o DIR")
+    if layout not in ("lutserve", "compressed-tensors"):
+        raise UserError(f"--layout {layout}; allowed: lutserve, compressed-tensors")
     if scheme != "sym":
         raise UserError(f"--scheme {scheme}: only sym can be served; asym is in lutserve.quantizers.rtn")
     if recipe is None:
@@ -155,21 +164,35 @@ def quantize(
         kind = methods.get(name)
         usual, size = "gptq" if kind.offline else "rtn", kind.group_size
     else:
-        given = {"--method": method, "--group-size": group_size, "--bits": bits}
-        given |= {
-            "--enable_activation": activations or None,
-            "--ignore": ignore if ignore != "lm_head" else None,
+        repeated = {
+            "--method": method is not None,
+            "--group-size": group_size is not None,
+            "--bits": bits is not None,
+            "--enable_activation": activations,
+            "--ignore": ignore != "lm_head",
         }
-        for option, value in given.items():
-            if value is not None:
+        for option, given in repeated.items():
+            if given:
                 raise UserError(f"--recipe says for each layer what {option} says for all; give one of them")
         layers, name, usual, size = recipes.load(recipe), "", "rtn", Settings.group_size
+    size = size if group_size is None else group_size
+    ignored = tuple(name.strip() for name in ignore.split(",") if name.strip())
+    if layout == "compressed-tensors":
+        more = {"--algo": algo not in (None, "rtn"), "--mse": mse, "--full-range": full_range}
+        more |= {"--alpha": alpha is not None, "--sq": smooth}
+        for option, given in more.items():
+            if given:
+                raise UserError(f"--layout compressed-tensors only rounds to nearest; leave {option} out")
+        group = {"method": name, "group_size": size}
+        uniform = {"config_groups": {"all": group}, "ignore": ignored}
+        _export(model, output, layers or recipes.parse(uniform, "options"))
+        return
     settings = Settings(
         method=name,
         layers=layers,
         algo=(algo or usual).lower(),
-        group_size=size if group_size is None else group_size,
-        ignore=tuple(name.strip() for name in ignore.split(",") if name.strip()),
+        group_size=size,
+        ignore=ignored,
         mse=mse,
         full_range=full_range,
         act_order=act_order,
@@ -180,6 +203,14 @@ def quantize(
         length=length,
     )
     _run(model, output, settings, calibration)
+
+
+def _export(model: str | None, output: Path, recipe: Recipe) -> None:
+    from lutserve import models
+    from lutserve.quantizers.compressed import export
+
+    export(_source(model or models.DEFAULT).folder, output, recipe)
+    print(output)
 
 
 def _method(method: str | None, bits: int | None, activations: bool) -> str:

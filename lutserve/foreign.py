@@ -44,6 +44,8 @@ class Foreign(StoredModel):
         for scheme in self.schemes:
             if scheme["bits"] != 4:
                 raise UserError(f"{folder} is {self.kind} in the form {scheme}; only 4-bit integers are read")
+        if len({scheme["group_size"] for scheme in self.schemes}) > 1:
+            raise UserError(f"{folder} has groups of several sizes; folders with one size are read")
         self.layers = self.layers_with(key)
         if not self.layers:
             raise UserError(f"{folder} says {self.kind} but holds no {key}")

@@ -184,7 +184,8 @@ def check_int4(config: Mapping[str, Any]) -> None:
     """UserError for a 4-bit folder of other tools where vLLM's build for this CPU has no kernel for it."""
     stored = config.get("quantization_config") or {}
     kind, flags = stored.get("quant_method"), isa.cpu_flags()
-    packed = kind in ("awq", "gptq") or stored.get("format") == "pack-quantized"
+    forms = [part.get("format") for part in (stored, *(stored.get("config_groups") or {}).values())]
+    packed = kind in ("awq", "gptq") or "pack-quantized" in forms
     if packed and on_cpu() and flags and "avx512f" not in flags:
         raise UserError(
             f"the model is quantised by {kind}, whose kernels vLLM has for CPUs with AVX512 only; serve the "

@@ -61,10 +61,15 @@ def test_every_default_yields_to_a_flag(monkeypatch: pytest.MonkeyPatch) -> None
         {"quant_method": "awq"},
         {"quant_method": "gptq"},
         {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "mixed-precision",
+            "config_groups": {"a": {"format": "int-quantized"}, "b": {"format": "pack-quantized"}},
+        },
     ],
 )
 def test_4_bit_folders_of_others_need_a_cpu_with_their_kernels(
-    monkeypatch: pytest.MonkeyPatch, stored: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch, stored: dict[str, object]
 ) -> None:
     monkeypatch.setattr(launch, "on_cpu", lambda: True)
     config = {"quantization_config": stored}
