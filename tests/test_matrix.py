@@ -21,11 +21,13 @@ import pytest
 pytest.importorskip("lm_eval", reason="needs lutserve[eval]")
 
 from fake_openai import Fake, fake_server
+from servers import SMALL
 
 from lutserve.errors import UserError
 from lutserve.eval import claim, compare, matrix, run, store
 from lutserve.eval.matrix import Claim, Matrix
 from lutserve.eval.runner import Outcome, metrics, run_matrix
+from lutserve.server.client import running_server
 
 QUESTIONS = 8
 TEXT = " ".join(f"A mill stood here for {year} years." for year in range(300, 330))
@@ -362,3 +364,76 @@ def test_claims(base: float, value: float, metric: str, check: dict[str, float],
 def test_our_own_claims_are_well_formed() -> None:
     assert all(isinstance(one, Claim) for found in matrix.claims() for one in found.claims)
     assert any(found.claims for found in matrix.claims())
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(1200)
+def test_real_servers_one_of_which_is_killed(tiny: Path, data: Path, tmp_path: Path) -> None:
+    flags = " ".join(SMALL)
+    recipes = f"{{exact: '--method none {flags}', mix8: '--method mix8 {flags}'}}"
+    file = written(tmp_path, data, str(tiny), recipes)
+    file.write_text(file.read_text().replace(", {ppl: wikitext2, window: 32, windows: 2}", ""))
+    process = in_a_process(file, tmp_path / "out", data, "")
+    try:
+        cells = tmp_path / "out" / "cells.jsonl"
+        deadline = time.monotonic() + 600
+        while process.poll() is None and time.monotonic() < deadline:
+            if cells.exists() and cells.read_bytes().count(b"\n"):
+                break
+            time.sleep(0.02)
+        # The first recipe's server, after its first cell; the runner goes on to the second recipe's.
+        for child in children(process.pid):
+            os.kill(child, signal.SIGKILL)
+        _, err = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    kept = store.read(tmp_path / "out")
+    assert [row["recipe"] for row in kept][-2:] == ["mix8", "mix8"]
+    assert (process.returncode == 0) == (len(kept) == 4), err
+    outcome = evaluate(file, tmp_path / "out", data, None)
+    assert outcome.failures == {}
+    again = store.read(tmp_path / "out")
+    assert again[: len(kept)] == kept
+    assert len(again) == len({row["cell"] for row in again}) == 4
+    bits = {row["recipe"]: row["bits"] for row in again}
+    assert 8 < bits["mix8"] < 16
+    differences = compare.compare(
+        compare.side(f"{tmp_path / 'out'}:exact"), compare.side(f"{tmp_path / 'out'}:mix8")
+    )
+    assert {(one.task, one.metric) for one in differences} >= {("choice", "acc")}
+
+
+def children(pid: int) -> list[int]:
+    """Direct child processes."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_equal_to_lm_evals_own_command(shared: Path, tmp_path: Path) -> None:
+    names = ["piqa", "arc_easy", "lambada_openai", "wikitext2"]
+    model = shared / "models" / "tiny-llama-pydoc"
+    flags = ["--model", str(model), "--dtype", "float16", *SMALL]
+    ours_file = tmp_path / "m.yaml"
+    ours_file.write_text(f"name: x\nmodels: [m]\nrecipes: {{a: ''}}\nlimit: 6\ntasks: [{', '.join(names)}]\n")
+    with running_server(flags, log=tmp_path / "log") as server:
+        outcome = evaluate(ours_file, tmp_path / "ours", shared / "data", server.base_url)
+        arguments = f"model={server.model},base_url={server.base_url}/v1/completions,tokenizer={model},"
+        arguments += "tokenizer_backend=huggingface,num_concurrent=8,max_length=512"
+        argv = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments]
+        argv += ["--tasks", ",".join(f"local_{name}" for name in names), "--limit", "6", "--log_samples"]
+        argv += ["--include_path", str(shared / "data/tasks"), "--output_path", str(tmp_path / "theirs")]
+        environment = os.environ | run.offline(shared / "data")
+        subprocess.run(argv, env=environment, check=True, capture_output=True)
+    assert outcome.failures == {}
+    (path,) = (tmp_path / "theirs").rglob("results_*.json")
+    theirs = json.loads(path.read_text())["results"]
+    for row in outcome.rows:
+        expected = metrics(theirs[f"local_{row['task']}"])
+        assert {name: one["value"] for name, one in row["metrics"].items()} == {
+            name: one["value"] for name, one in expected.items()
+        }
+        samples = [json.loads(line) for line in (tmp_path / "ours" / row["samples"]).read_text().splitlines()]
+        (other,) = path.parent.glob(f"samples_local_{row['task']}_*.jsonl")
+        known = [json.loads(line) for line in other.read_text().splitlines()]
+        assert [one["filtered_resps"] for one in samples] == [one["filtered_resps"] for one in known]

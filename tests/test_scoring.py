@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,22 @@ def test_equal_to_completions_to_the_last_digit(exact: Server) -> None:
     ] == expected
     assert any(flag for group in expected for one in group for flag in one.greedy)
     assert not all(flag for group in expected for one in group for flag in one.greedy)
+
+
+def test_other_requests_in_the_same_steps_keep_their_answers(exact: Server) -> None:
+    asked = questions()
+    body = {"model": exact.model, "prompt": "The mill", "max_tokens": 12, "temperature": 0, "logprobs": 2}
+    with http(exact.base_url) as api, ThreadPoolExecutor(6) as pool:
+
+        def complete() -> Any:
+            # Not the log-probabilities: decoding, their last digits depend on what else is decoded.
+            return api.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["text"]
+
+        alone = complete()
+        busy = [pool.submit(complete) for _ in range(5)]
+        scores = score(exact, asked, num_concurrent=8)
+        assert all(job.result() == alone for job in busy)
+    assert scores == by_completions(exact, asked)
 
 
 @pytest.mark.parametrize(
