@@ -233,7 +233,7 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < report.agreement["mix8+nli-4"].mean < 0.3
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("small_model")
 def test_a_real_throughput_table(tmp_path: Path) -> None:

@@ -89,12 +89,14 @@ def test_recipes() -> None:
 
 
 @pytest.mark.slow
-def test_a_server_evaluates_as_published(tiny: Path, tmp_path: Path) -> None:
+def test_a_server_evaluates_as_published(shared: Path, tmp_path: Path) -> None:
+    # Trained: in random weights small errors of attention grow without bound.
+    model = shared / "models" / "tiny-llama-pydoc"
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"kv_cache_scheme": "axcore", "kv_numerics": "reference"}))
     found = {}
     for name, flags in {"exact": (), "reference": ("--recipe", str(recipe))}.items():
-        arguments = ["--model", str(tiny), "--dtype", "float16", *flags, *SMALL]
+        arguments = ["--model", str(model), "--dtype", "float16", *flags, *SMALL]
         with running_server(arguments, log=tmp_path / f"{name}.log") as server:
             answer = client(server).completions.create(
                 model=server.model,

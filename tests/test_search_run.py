@@ -230,8 +230,8 @@ def test_command(folder: Path, text: str, tmp_path: Path) -> None:
         (["--budget", "bits=5", "--samples", "0"], "1 or more"),
     ],
 )
-def test_command_refuses(folder: Path, arguments: list[str], message: str) -> None:
-    done = run(str(folder), *arguments)
+def test_command_refuses(folder: Path, text: str, arguments: list[str], message: str) -> None:
+    done = run(str(folder), "--data", text, "--held-out", "1", "--sequence-length", "32", *arguments)
     assert isinstance(done.exception, UserError) and message in str(done.exception)
     assert "\n" not in str(done.exception)
 
