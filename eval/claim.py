@@ -9,7 +9,7 @@ from lutserve.eval import store
 from lutserve.eval.matrix import Claim, Matrix
 
 #: metrics of which less is better; all others are shares of right answers
-_LOWER = ("ppl", "nll", "perplexity", "bits_per_byte", "brier_score")
+_LOWER = ("ppl", "nll", "perplexity", "bits_per_byte", "brier_score", "kl", "flip_rate")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,12 @@ def _verdict(claim: Claim, base: str, cells: dict[Any, store.Row]) -> Verdict:
     return Verdict(claim, holds, "; ".join(reasons))
 
 
+def lower_is_better(metric: str) -> bool:
+    """Whether less of `metric` is better."""
+    return metric.endswith(_LOWER)
+
+
 def recovery(metric: str, value: float, baseline: float) -> float:
     """Share of the baseline's quality: value / baseline, or baseline / value where less is better."""
-    lower = any(metric.endswith(name) for name in _LOWER)
-    above, below = (baseline, value) if lower else (value, baseline)
+    above, below = (baseline, value) if lower_is_better(metric) else (value, baseline)
     return above / below if below else float("inf") if above else 1.0

@@ -6,14 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from lutserve.eval.claim import lower_is_better
 from lutserve.report.charts import Chart, Point, Series, frontier
 from lutserve.report.folder import Cell, Folder
 from lutserve.report.values import NOTHING, Section, Table, Value, distinct, number, word
 
-#: metrics of which less is better; of every other more is better
-LESS = frozenset(
-    {"ppl", "nll", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "kl", "flip_rate"}
-)
 #: metrics between 0 and 1, which are written in percent
 _SHARES = frozenset({"acc", "acc_norm", "exact_match", "f1", "flip_rate"})
 #: what a task is judged by, the first that it has
@@ -221,7 +218,7 @@ def _primary(cell: Cell) -> str:
 
 
 def _ratio(value: float, base: float, metric: str) -> float | None:
-    if metric in LESS:
+    if lower_is_better(metric):
         value, base = base, value
     return None if base == 0 else value / base
 
